@@ -1,0 +1,1 @@
+"""Steer image generators with rewards."""

@@ -1,0 +1,55 @@
+"""What passes between the rooms: frozen dataclasses, the shape of every tensor beside its field.
+
+B is the number of samples in one recorded batch, T the number of denoising steps, N the number of samples in an
+epoch (all batches, all processes together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+class TillerError(Exception):
+    """A fault the user can cure; its message is one sentence that names the thing and the cure."""
+
+
+class ConfigError(TillerError):
+    """A setting is unknown, of the wrong type, or contradicts another one."""
+
+
+class RewardError(TillerError):
+    """A reward function failed or returned something that is not one score per image."""
+
+
+class PipelineError(TillerError):
+    """A pipeline cannot be loaded, driven or trained."""
+
+
+class RunError(TillerError):
+    """A run folder cannot be written, read or resumed."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to ask for: the text, and whatever a reward may want to know about it."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of N pictures. A missing score is NaN; it takes part in no statistic and no update."""
+
+    values: np.ndarray  # (N,) float64, NaN = missing
+    components: Mapping[str, np.ndarray] = field(default_factory=dict)  # each (N,) float64, for the log only
+    reasons: Mapping[int, str] = field(default_factory=dict)  # index -> why that score is missing
+
+    @property
+    def valid(self) -> np.ndarray:
+        """(N,) bool: the score is there and finite."""
+        return np.isfinite(self.values)
