@@ -1,0 +1,325 @@
+"""Policy: any diffusers pipeline, driven through the seam in its own denoising loop."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from tiller.kernels import Kernel
+from tiller.policy import noise, seam, weights
+from tiller.policy.recorder import Finished, Recorder, Replayer
+from tiller.policy.rollout import Rollout, Step
+from tiller.types import PipelineError
+
+# Solvers that ask the model more than once per step have no single transition; their first-order kin takes their place.
+ONE_CALL_PER_STEP: Mapping[str, Any] = {
+    "PNDMScheduler": DDIMScheduler,
+    "HeunDiscreteScheduler": EulerDiscreteScheduler,
+    "KDPM2DiscreteScheduler": EulerDiscreteScheduler,
+    "KDPM2AncestralDiscreteScheduler": EulerDiscreteScheduler,
+    "DPMSolverSDEScheduler": EulerDiscreteScheduler,
+    "FlowMatchHeunDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
+}
+
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Policy:
+    """A diffusers pipeline as a policy: `sample` records a call, `replay` walks it again with gradients.
+
+    Args:
+        pipe: any `DiffusionPipeline`. It stays a live, ordinary pipeline, here as `policy.pipe`.
+        lora_rank: rank of the LoRA adapters put into every denoiser; None trains all of the denoisers' weights.
+        lora_alpha: scale of the adapters; the rank by default, so that they act with weight 1.
+        target_modules: names of the linear layers that get an adapter; by default the attention projections.
+        mixed_precision: "bf16" or "fp16" run the models under autocast. Transitions are computed in float32 always.
+        seed: of the adapters' initial values.
+
+    Raises:
+        PipelineError: the pipeline has no scheduler or no denoiser, or no layer by the names in `target_modules`.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        lora_rank: int | None = 16,
+        lora_alpha: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        mixed_precision: Literal["no", "bf16", "fp16"] = "no",
+        seed: int = 0,
+    ):
+        self.pipe: Any = pipe
+        self.mixed_precision = mixed_precision
+        if not seam.schedulers(pipe):
+            raise PipelineError(f"{type(pipe).__name__} has no scheduler, so there is no denoising loop to train.")
+        self.denoisers = weights.denoisers(pipe)
+        if not self.denoisers:
+            raise PipelineError(f"{type(pipe).__name__} has no denoiser (a diffusers model inside its loop) to train.")
+        for module in seam.parts(pipe, nn.Module).values():
+            module.requires_grad_(False).eval()
+        self.lora_rank = lora_rank
+        if lora_rank is None:
+            for module in self.denoisers.values():
+                module.requires_grad_(True)
+        else:
+            weights.add_lora(self.denoisers, lora_rank, lora_alpha or lora_rank, target_modules, seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        lora_rank: int | None = 16,
+        lora_alpha: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        mixed_precision: Literal["no", "bf16", "fp16"] = "no",
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        **loading: Any,
+    ) -> Policy:
+        """`DiffusionPipeline.from_pretrained` with safetensors only and no remote code, and a `Policy` around it.
+
+        `loading` goes to diffusers as it is: torch_dtype, revision, variant, ...
+        """
+        from tiller.policy.loading import load_pipeline
+
+        pipe: Any = load_pipeline(name_or_path, **loading)
+        if device is not None:
+            pipe.to(device)
+        return cls(pipe, lora_rank, lora_alpha, target_modules, mixed_precision, seed)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, in a fixed order: the adapters', or the denoisers'."""
+        return {
+            f"{part}.{name}": parameter
+            for part, module in self.denoisers.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def sample(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        seed: int = 0,
+        samples: Sequence[int] | None = None,
+        kernel: Kernel | None = None,
+        **call: Any,
+    ) -> Rollout:
+        """Call the pipeline unchanged, drawing every transition from `kernel`, and record the path.
+
+        Args:
+            prompts: one per picture; None for pipelines without prompts, or with the prompts already in `call`.
+            seed: with each prompt and its sample index, keys all of a picture's noise.
+            samples: the sample indices, one per prompt; by default 0, 1, 2 ... among equal prompts.
+            kernel: how to draw; by default the scheduler's own noise, or DDIM(1) / FlowSDE(0.7) where it has none.
+                A kernel without noise leaves the pipeline's own solver alone.
+            call: the pipeline's own call arguments (num_inference_steps, guidance_scale, height, image ...).
+
+        Returns:
+            The pictures, as the pipeline returned them, and everything that `replay` needs.
+        """
+        texts, call = _batch(prompts, call)
+        indices = tuple(samples) if samples is not None else _occurrences(texts)
+        if len(indices) != len(texts):
+            raise ValueError(f"got {len(indices)} sample indices for {len(texts)} prompts; give one per prompt")
+        recorder = Recorder(kernel, len(texts), noise.generators("steps", seed, texts, indices))
+        state = _generator_state(call.get("generator"))
+        embeddings: dict[Any, Any] = {}
+        with torch.no_grad(), self._driven(recorder, embeddings, swap=kernel is None or not kernel.deterministic):
+            output = self._call(call, seed, texts, indices, state)
+        if not recorder.records:
+            raise PipelineError(
+                f"{type(self.pipe).__name__} never called scheduler.step, so there is nothing to train."
+            )
+        return Rollout(
+            images=output[0],
+            records=tuple(recorder.records),
+            prompts=texts,
+            samples=indices,
+            seed=seed,
+            kernel=kernel or recorder.records[0].kernel,
+            call=call,
+            forwards=tuple(recorder.forwards),
+            embeddings=embeddings,
+            generator_state=state,
+        )
+
+    def replay(self, rollout: Rollout, on_step: Callable[[Step], None], steps: Sequence[int] | None = None) -> None:
+        """Walk the recorded path again, showing each wanted step to `on_step` with the model's graph attached.
+
+        `on_step` may call `step.backward(loss)` there and then: the graph of one step only is ever held. Denoisers
+        are not run at steps that are not wanted; nothing is decoded.
+
+        Args:
+            steps: indices into the rollout's T steps; by default those that have a density.
+        """
+        self._walk(rollout, on_step, rollout.steps if steps is None else steps, None)
+
+    def predict(
+        self, rollout: Rollout, on_step: Callable[[Step], None], path: Callable[[int], Tensor], steps: Sequence[int]
+    ) -> None:
+        """As `replay`, but at each wanted step k ≥ 1 the latents are `path(k)` in place of the recorded ones.
+
+        `step.prediction` is then the model's output at any state; at k = 0 the state is the recorded initial noise.
+        """
+        self._walk(rollout, on_step, steps, path)
+
+    def save(self, path: str | Path) -> Path:
+        """Write what was learned: a LoRA that `pipe.load_lora_weights(path)` loads, or the whole pipeline's folder."""
+        return weights.save(self, Path(path))
+
+    def base(self) -> Any:
+        """A context in which the adapters are off: the model as it was before training."""
+        return weights.adapters_off(self.denoisers)
+
+    def _walk(
+        self,
+        rollout: Rollout,
+        on_step: Callable[[Step], None],
+        steps: Sequence[int],
+        path: Callable[[int], Tensor] | None,
+    ) -> None:
+        unknown = [step for step in steps if not 0 <= step < len(rollout.records)]
+        if unknown:
+            raise ValueError(f"steps {unknown} are outside the rollout's {len(rollout.records)} steps")
+        if not len(steps):
+            return
+        replayer = Replayer(rollout, on_step, steps, path)
+        swap = not rollout.kernel.deterministic
+        with torch.enable_grad(), seam.differentiable(self.pipe), self._driven(replayer, rollout.embeddings, swap):
+            try:
+                self._call(rollout.call, rollout.seed, rollout.prompts, rollout.samples, rollout.generator_state)
+            except Finished:
+                return
+        raise PipelineError(
+            f"{type(self.pipe).__name__} took fewer steps in replay ({replayer.index}) than when recorded "
+            f"({len(rollout.records)}); it cannot be trained."
+        )
+
+    @contextmanager
+    def _driven(self, handler: Recorder | Replayer, embeddings: dict[Any, Any], swap: bool) -> Iterator[None]:
+        """The handler in every scheduler's step and every denoiser's forward; text encoded once."""
+        with ExitStack() as stack:
+            if swap:
+                stack.enter_context(_one_call_per_step(self.pipe))
+            for scheduler in seam.schedulers(self.pipe).values():
+                stack.enter_context(seam.step_handled(scheduler, handler.step))
+            for name, module in weights.loop_modules(self.pipe).items():
+                stack.enter_context(seam.forward_handled(module, handler.forward(name)))
+            stack.enter_context(seam.memoised(self.pipe, embeddings))
+            yield
+
+    def _call(
+        self,
+        call: Mapping[str, Any],
+        seed: int,
+        prompts: Sequence[str | None],
+        samples: Sequence[int],
+        generator_state: Any,
+    ) -> Any:
+        """The pipeline's own `__call__`, with its random draws keyed by sample, under the wanted precision."""
+        arguments = dict(call)
+        signature = inspect.signature(type(self.pipe).__call__).parameters
+        if generator_state is not None:
+            arguments["generator"] = _revive(generator_state)
+        elif "generator" in signature:
+            sources = noise.generators("start", seed, prompts, samples)
+            arguments["generator"] = sources if len(sources) > 1 else sources[0]
+        device = self.pipe._execution_device if hasattr(self.pipe, "_execution_device") else self.pipe.device
+        dtype = AUTOCAST[self.mixed_precision]
+        with (
+            _quiet(self.pipe),
+            torch.random.fork_rng(devices=[]),
+            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+        ):
+            torch.manual_seed(noise.key("global", seed, *prompts, *samples))
+            return self.pipe(**arguments)
+
+
+def _batch(
+    prompts: str | Sequence[str] | None, call: Mapping[str, Any]
+) -> tuple[tuple[str | None, ...], dict[str, Any]]:
+    """One prompt (or None) per picture, and the pipeline's call with the prompts in it."""
+    call = dict(call)
+    copies = call.get("num_images_per_prompt") or 1
+    if prompts is None:
+        if call.get("prompt") is not None:
+            return tuple(str(text) for text in _listed(call["prompt"]) for _ in range(copies)), call
+        return (None,) * (_batch_size(call) * copies), call
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    call["prompt"] = texts if len(texts) > 1 else texts[0]
+    return tuple(text for text in texts for _ in range(copies)), call
+
+
+def _batch_size(call: Mapping[str, Any]) -> int:
+    """How many samples a call without prompts asks for."""
+    if call.get("batch_size"):
+        return int(call["batch_size"])
+    for name in ("prompt_embeds", "class_labels", "image_embeds", "image"):
+        value = call.get(name)
+        if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 1):
+            return len(value)
+    return 1
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _occurrences(prompts: Sequence[str | None]) -> tuple[int, ...]:
+    """0, 1, 2 ... among equal prompts."""
+    seen: dict[str | None, int] = {}
+    indices = []
+    for prompt in prompts:
+        indices.append(seen.get(prompt, 0))
+        seen[prompt] = indices[-1] + 1
+    return tuple(indices)
+
+
+def _generator_state(given: Any) -> Any:
+    """Device and state of generators that the caller handed over, as they are before the call."""
+    if given is None:
+        return None
+    if isinstance(given, torch.Generator):
+        return (given.device, given.get_state())
+    return [_generator_state(generator) for generator in given]
+
+
+def _revive(state: Any) -> Any:
+    if isinstance(state, list):
+        return [_revive(item) for item in state]
+    device, bits = state
+    generator = torch.Generator(device)
+    generator.set_state(bits)
+    return generator
+
+
+@contextmanager
+def _one_call_per_step(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Solvers with several model calls per step replaced by their first-order kin, for the length of the block."""
+    with ExitStack() as stack:
+        for pipeline in seam.pipelines(pipe):
+            for name, scheduler in seam.schedulers(pipeline).items():
+                simpler = ONE_CALL_PER_STEP.get(type(scheduler).__name__)
+                if simpler is not None and vars(pipeline).get(name) is scheduler:
+                    stack.enter_context(seam.attribute(pipeline, name, simpler.from_config(scheduler.config)))
+        yield
+
+
+@contextmanager
+def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
+    """No progress bars of the pipelines' own for the length of the block."""
+    with ExitStack() as stack:
+        for pipeline in seam.pipelines(pipe):
+            before = dict(getattr(pipeline, "_progress_bar_config", {}))
+            stack.enter_context(seam.attribute(pipeline, "_progress_bar_config", {**before, "disable": True}))
+        yield

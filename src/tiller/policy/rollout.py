@@ -1,0 +1,115 @@
+"""What a recorded pipeline call leaves behind, and what a replayed step shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiller.kernels import Gaussian, Kernel, log_prob
+from tiller.process import Stage
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call of `scheduler.step`: the state, the action, and the density the action had when it was drawn."""
+
+    timestep: float
+    sample: Tensor  # (B, ...) x_t, as the pipeline handed it over
+    action: Tensor  # (B, ...) x_{t-1}, in the storage type the pipeline goes on with
+    kernel: Kernel  # what drew it
+    log_prob: Tensor | None  # (B,) float32; None where the transition has no density
+    std: float | None  # mean standard deviation of the transition, for the log; None where it has no density
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A recorded pipeline call: B samples, T denoising steps. Everything needed to walk the same path again."""
+
+    images: Any  # what the pipeline returned first: a list of B pictures, or frames, or audio
+    records: tuple[Record, ...]  # T
+    prompts: tuple[str | None, ...]  # B
+    samples: tuple[int, ...]  # B, the sample index that, with seed and prompt, keys the noise
+    seed: int
+    kernel: Kernel
+    call: Mapping[str, Any]  # the pipeline's own call arguments
+    forwards: tuple[tuple[int, str, Any], ...] = ()  # per denoiser call: (step index, module name, output template)
+    embeddings: dict[Any, Any] = field(default_factory=dict, repr=False)  # memoised text encodings
+    generator_state: Any = None  # of generators the caller passed in, as they were before the call
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.prompts)
+
+    @property
+    def latents(self) -> list[Tensor]:
+        """T + 1 tensors (B, ...): x_T first, the clean latents last."""
+        return [record.sample for record in self.records] + [self.records[-1].action]
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(T,) float64: the scheduler's timestep at each step."""
+        return torch.tensor([record.timestep for record in self.records], dtype=torch.float64)
+
+    @property
+    def has_density(self) -> list[bool]:
+        """T flags: whether the transition was random, so that its log-probability exists."""
+        return [record.log_prob is not None for record in self.records]
+
+    @property
+    def steps(self) -> list[int]:
+        """Indices of the steps that have a density: the ones a ratio method can train."""
+        return [index for index, dense in enumerate(self.has_density) if dense]
+
+    @property
+    def log_probs(self) -> Tensor:
+        """(B, T) float32: log p(x_{t-1} | x_t), averaged over elements; NaN where a step has no density."""
+        missing = torch.full((self.batch_size,), float("nan"))
+        return torch.stack([missing if r.log_prob is None else r.log_prob.cpu() for r in self.records], dim=1)
+
+
+@dataclass(eq=False)
+class Step:
+    """One step of a replay: the recorded state and action, and what the model says of them now, with its graph."""
+
+    index: int
+    timestep: float
+    sample: Tensor  # (B, ...) x_t, float32
+    action: Tensor  # (B, ...) recorded x_{t-1}, float32
+    prediction: Tensor  # (B, ...) the model's output after guidance, with its graph
+    stage: Stage | None  # α, σ and the meaning of the prediction; None where only the scheduler itself knows
+    batch_size: int
+    old_log_prob: Tensor | None  # (B,) as recorded
+    shared: bool  # a later wanted step hangs on the same denoiser call
+    _transition: Any  # () -> Gaussian
+
+    @cached_property
+    def transition(self) -> Gaussian:
+        """p_θ(x_{t-1} | x_t), with its graph."""
+        return self._transition()
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, ...) mean of the transition, float32, with its graph."""
+        return self.transition.mean
+
+    @property
+    def std(self) -> float | Tensor:
+        """Standard deviation of the transition; 0 where it has no density."""
+        return self.transition.std
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """(B,) float32 log-probability of the recorded action, averaged over elements, with its graph."""
+        if not self.transition.has_density:
+            raise ValueError(f"step {self.index} is deterministic and has no density; train the steps in rollout.steps")
+        return log_prob(self.action, self.transition, self.batch_size)
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`, keeping the graph where the next wanted step hangs on the same denoiser call."""
+        loss.backward(retain_graph=self.shared)

@@ -1,0 +1,193 @@
+"""The seam: standing in `scheduler.step` of every scheduler of a pipeline, for the length of one call.
+
+Nothing of the pipeline is copied or re-typed. A scheduler keeps its instance and all of its attributes; only its class
+is exchanged for a subclass whose `step` asks a handler. Copies that a pipeline makes of its scheduler are caught too.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+PROBE = 1024.0  # size of the noise that reads off a standard deviation: large, for the sake of rounding
+
+
+class StepCall:
+    """One call of `scheduler.step`: its arguments by name, and the scheduler's own answer to them."""
+
+    def __init__(self, scheduler: Any, own_step: Callable[..., Any], arguments: inspect.BoundArguments):
+        self.scheduler, self._step, self._arguments = scheduler, own_step, arguments
+        self.output: Tensor = arguments.arguments["model_output"]
+        self.sample: Tensor = arguments.arguments["sample"]
+        self.timestep = arguments.arguments.get("timestep", 0)
+        self.denoised: Tensor | None = arguments.arguments.get("pred_original_sample")
+
+    def solve(self, output: Tensor, sample: Tensor) -> Any:
+        """What the scheduler itself returns; its state moves on by one step."""
+        arguments = {**self._arguments.arguments, "model_output": output, "sample": sample}
+        rest = arguments.pop("kwargs", {})
+        arguments.pop("self")
+        return self._step(self.scheduler, **arguments, **rest)
+
+    def solve_with_noise(self, output: Tensor, sample: Tensor, size: float) -> tuple[Any, bool]:
+        """The scheduler's answer with every random number it draws set to `size`, and whether it drew any."""
+        drawn = []
+
+        def constant(shape: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+            drawn.append(shape)
+            return torch.full(tuple(shape), size, dtype=dtype or output.dtype, device=output.device)
+
+        with ExitStack() as stack:
+            for parent in type(self.scheduler).__mro__:
+                module = sys.modules.get(parent.__module__)
+                if hasattr(module, "randn_tensor"):
+                    stack.enter_context(attribute(module, "randn_tensor", constant))
+            return self.solve(output, sample), bool(drawn)
+
+
+def first(answer: Any) -> Tensor:
+    """The next latents in a scheduler's answer: the first of a tuple, or of an output dataclass."""
+    return answer[0]
+
+
+def with_first(answer: Any, action: Tensor) -> Any:
+    """The same answer with other latents in the first place."""
+    if isinstance(answer, tuple) and not hasattr(answer, "_fields"):
+        return (action, *answer[1:])
+    fields = dict(answer)
+    return type(answer)(**{**fields, next(iter(fields)): action})
+
+
+def pipelines(pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+    """The pipeline, and the pipelines it holds (combined pipelines), each once."""
+    seen: set[int] = set()
+    waiting = [pipe]
+    while waiting:
+        pipeline = waiting.pop()
+        if id(pipeline) not in seen:
+            seen.add(id(pipeline))
+            yield pipeline
+            waiting += [value for value in vars(pipeline).values() if isinstance(value, DiffusionPipeline)]
+
+
+def parts(pipe: DiffusionPipeline, kind: type | tuple[type, ...]) -> dict[str, Any]:
+    """All parts of one kind by attribute name, over nested pipelines too, each object once."""
+    found: dict[str, Any] = {}
+    for pipeline in pipelines(pipe):
+        for name, value in vars(pipeline).items():
+            if isinstance(value, kind) and not any(value is other for other in found.values()):
+                found[name if name not in found else f"{type(pipeline).__name__}.{name}"] = value
+    return found
+
+
+@contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name = value` for the length of the block; afterwards it is exactly as before."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def subclassed(instance: Any, **methods: Callable[..., Any]) -> Iterator[None]:
+    """`instance` with some methods exchanged, seen by its copies as well; its class goes by the same name."""
+    cls = type(instance)
+    namespace = {**methods, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    instance.__class__ = type(cls.__name__, (cls,), namespace)
+    try:
+        yield
+    finally:
+        instance.__class__ = cls
+
+
+@contextmanager
+def step_handled(scheduler: Any, handler: Callable[[StepCall], Any]) -> Iterator[None]:
+    """Every `step` of this scheduler, or of a copy of it, is answered by `handler`."""
+    own_step = type(scheduler).step
+    signature = inspect.signature(own_step)
+
+    @functools.wraps(own_step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return handler(StepCall(self, own_step, signature.bind(self, *args, **kwargs)))
+
+    with subclassed(scheduler, step=step):
+        yield
+
+
+@contextmanager
+def forward_handled(module: nn.Module, handler: Callable[..., Any]) -> Iterator[None]:
+    """Every forward of this module is answered by `handler(own_forward, *args, **kwargs)`."""
+    own_forward = module.forward
+
+    @functools.wraps(own_forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return handler(own_forward, *args, **kwargs)
+
+    with attribute(module, "forward", forward):
+        yield
+
+
+@contextmanager
+def differentiable(pipe: DiffusionPipeline) -> Iterator[None]:
+    """The pipeline, and the ones inside it, with the `@torch.no_grad()` taken off their `__call__`."""
+    with ExitStack() as stack:
+        for pipeline in pipelines(pipe):
+            stack.enter_context(subclassed(pipeline, __call__=inspect.unwrap(type(pipeline).__call__)))
+        yield
+
+
+@contextmanager
+def memoised(pipe: DiffusionPipeline, cache: dict[Any, Any]) -> Iterator[None]:
+    """`encode_prompt` computed once per set of arguments and kept in `cache`, detached."""
+    with ExitStack() as stack:
+        for number, pipeline in enumerate(pipelines(pipe)):
+            if hasattr(pipeline, "encode_prompt"):
+                stack.enter_context(attribute(pipeline, "encode_prompt", _memo(pipeline.encode_prompt, cache, number)))
+        yield
+
+
+def _memo(encode: Callable[..., Any], cache: dict[Any, Any], number: int) -> Callable[..., Any]:
+    @functools.wraps(encode)
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        key = (number, _fingerprint(args), _fingerprint(kwargs))
+        if key not in cache:
+            with torch.no_grad():
+                cache[key] = encode(*args, **kwargs)
+        return cache[key]
+
+    return remembered
+
+
+def _fingerprint(value: Any) -> Any:
+    """A hashable stand-in for an argument: its value where that is plain, its identity otherwise."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_fingerprint(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _fingerprint(item)) for name, item in sorted(value.items()))
+    return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
+
+
+def schedulers(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
+    """The pipeline's schedulers by attribute name; whatever has `step` and `set_timesteps` counts."""
+    named: dict[str, Any] = {
+        name: value
+        for pipeline in pipelines(pipe)
+        for name, value in vars(pipeline).items()
+        if hasattr(value, "set_timesteps") and hasattr(value, "step") and not isinstance(value, nn.Module)
+    }
+    return {name: value for name, value in named.items() if not isinstance(value, type)}
