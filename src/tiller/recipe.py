@@ -1,0 +1,93 @@
+"""A recipe: everything a run is made of, as plain data. Reading one imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from tiller.choice import Choice, Chosen
+from tiller.settings import TrainConfig
+from tiller.types import ConfigError
+
+ALGORITHMS = Choice({"ddpo": "tiller.algorithms.ddpo:DDPO"})
+"""What `algorithm:` may name."""
+
+_DDPO = ALGORITHMS.pick("ddpo")
+
+KERNELS = Choice(
+    {
+        "ddim": "tiller.kernels:DDIM",
+        "ddpm": "tiller.kernels:DDPM",
+        "flow_sde": "tiller.kernels:FlowSDE",
+        "dance_sde": "tiller.kernels:DanceSDE",
+        "cps": "tiller.kernels:CPS",
+        "ode": "tiller.kernels:ODE",
+    }
+)
+"""What `kernel:` may name."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The pipeline to train, and which of its weights."""
+
+    name: str = "emoji"  # the model that comes with the package, a folder, or a name on the hub
+    revision: str | None = None
+    variant: str | None = None  # such as fp16: which of a repository's weight files
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights as loaded
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    lora_rank: int | None = 16  # None fine-tunes all weights of the denoiser
+    lora_alpha: float | None = None  # None is the rank, so that the adapter's scale is 1
+    target_modules: tuple[str, ...] | None = None  # layers that get an adapter; None finds them
+    gradient_checkpointing: bool = False
+    channels_last: bool = True  # of a U-Net's convolutions
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ConfigError(f"lora_rank is {self.lora_rank}; it must be at least 1, or null for full fine-tuning.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How base and tuned model are compared: the same prompts and the same initial noise for both."""
+
+    every: int = 0  # epochs between evaluations; 0 evaluates at the start and the end only
+    samples_per_prompt: int = 4
+    rewards: tuple[str, ...] = ()  # scores to report beside the trained one
+    sampling: dict[str, Any] = field(default_factory=dict)  # call arguments that differ from training's
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.samples_per_prompt < 1:
+            raise ConfigError("every cannot be negative, and samples_per_prompt must be at least 1.")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The run folder."""
+
+    output_dir: str | None = None  # None makes one under runs/, named after the recipe
+    checkpoint_every: int = 5  # epochs
+    keep_last: int = 2  # checkpoints
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb, trackio; metrics.jsonl is always written
+    sample_prompts: int = 8  # pictures in the sheet that shows the run's progress
+
+    def __post_init__(self) -> None:
+        if min(self.checkpoint_every, self.keep_last) < 1 or self.sample_prompts < 0:
+            raise ConfigError("checkpoint_every and keep_last must be at least 1, and sample_prompts at least 0.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. Every field has a default, so a recipe names only what it changes."""
+
+    model: Model = field(default_factory=Model)
+    prompts: str = "animals"  # a built-in set, a .txt or a .jsonl file
+    held_out: str | None = None  # evaluate on the held-out splits of this set, or on this file; None: of `prompts`
+    reward: str = "jpeg_compressibility"  # a built-in, package.module:name, or path/file.py:name
+    algorithm: Annotated[Chosen, ALGORITHMS] = _DDPO
+    kernel: Annotated[Chosen | None, KERNELS] = None  # None is the algorithm's own
+    sampling: dict[str, Any] = field(default_factory=dict)  # the pipeline's call arguments, num_inference_steps ...
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    run: RunSettings = field(default_factory=RunSettings)

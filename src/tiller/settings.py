@@ -1,0 +1,64 @@
+"""How a policy is trained: sizes of an epoch, the optimiser, precision. Torch-free, so that a recipe is
+checked at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tiller.types import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Sizes count over all processes together. How often an epoch's samples are reused is the algorithm's to say.
+
+    The optimiser's numbers are those of Black et al. 2023 (DDPO, arXiv 2305.13301, appendix): AdamW, betas
+    .9 and .999, weight decay 1e-4, gradients clipped to norm 1. The learning rate is theirs for LoRA
+    (3e-4); for full fine-tuning take 1e-5.
+    """
+
+    epochs: int = 20  # rounds of: draw samples, score them, update
+    samples_per_epoch: int = 64  # pictures drawn per epoch
+    group_size: int = 8  # pictures per prompt drawn
+    batch_size: int = 32  # pictures that go through the pipeline at once, in sampling and in training alike
+    updates_per_epoch: int = 1  # optimiser steps each time an epoch's samples are gone through
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0  # the gradient's norm is scaled down to this
+    ema_decay: float | None = None  # of a running mean of the weights, per update; None keeps none
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast of the denoiser
+    seed: int = 0  # of prompts, noise and initial adapter weights
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_epoch", "group_size", "batch_size", "updates_per_epoch"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("epochs", "learning_rate", "weight_decay", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it cannot be negative.")
+        for name in ("eps", "max_grad_norm"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be more than 0.")
+        betas, decay = self.betas, self.ema_decay
+        _require(all(0 <= beta < 1 for beta in betas), f"betas are {betas}; each must be in [0, 1).")
+        _require(decay is None or 0 <= decay < 1, f"ema_decay is {decay}; it must be in [0, 1), or null.")
+        _whole(self.samples_per_epoch, "group_size", self.group_size)
+        _whole(self.samples_per_epoch, "batch_size", self.batch_size)
+        _whole(self.samples_per_epoch, "batch_size * updates_per_epoch", self.per_round)
+
+    @property
+    def per_round(self) -> int:
+        """Pictures that give each of an epoch's updates one batch."""
+        return self.batch_size * self.updates_per_epoch
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _whole(value: int, unit_name: str, unit: int) -> None:
+    """The samples of an epoch must be a whole number of units; else say which number near it is."""
+    if value % unit:
+        near = max(unit, round(value / unit) * unit)
+        raise ConfigError(f"samples_per_epoch is {value}, which is no multiple of {unit_name} ({unit}); {near} is.")
