@@ -173,6 +173,20 @@ class Policy:
         """
         self._walk(rollout, on_step, steps, path)
 
+    def stock(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        seed: int = 0,
+        samples: Sequence[int] | None = None,
+        **call: Any,
+    ) -> Any:
+        """The pipeline's own output, its scheduler untouched, from the noise that `sample` starts with."""
+        texts, call = _batch(prompts, call)
+        indices = tuple(samples) if samples is not None else _occurrences(texts)
+        with torch.no_grad():
+            return self._call(call, seed, texts, indices, _generator_state(call.get("generator")))[0]
+
     def save(self, path: str | Path) -> Path:
         """Write what was learned: a LoRA that `pipe.load_lora_weights(path)` loads, or the whole pipeline's folder."""
         return weights.save(self, Path(path))

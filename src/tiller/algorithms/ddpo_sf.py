@@ -1,0 +1,34 @@
+"""DDPO with the score function estimator (Black et al. 2023, "Training Diffusion Models with RL", section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from tiller import losses
+from tiller.advantages import History, per_prompt
+from tiller.kernels import Kernel
+from tiller.policy import Step
+
+
+@dataclass(frozen=True)
+class DDPOSF:
+    """DDPO_SF: REINFORCE on the denoising steps; each sample is used once, with one optimiser step per epoch."""
+
+    advantage_clip: float = 5.0
+    buffer_size: int = 32  # latest rewards kept per prompt
+    min_count: int = 16  # rewards a prompt needs before its own statistics count
+    timestep_fraction: float = 1.0
+    kernel: Kernel | None = None
+    inner_epochs: ClassVar[int] = 1  # the estimator is unbiased on the policy's own samples only
+
+    def advantages(self, rewards: np.ndarray, prompts: Sequence[str], history: History) -> np.ndarray:
+        standardised = per_prompt(rewards, prompts, history, self.buffer_size, self.min_count)
+        return standardised.clip(-self.advantage_clip, self.advantage_clip)
+
+    def loss(self, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return losses.score_function(step.log_prob, advantages), {}

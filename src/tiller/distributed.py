@@ -1,0 +1,74 @@
+"""Several processes: who takes which batch, what is gathered, what is averaged. The only importer of accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+T = TypeVar("T")
+TIMEOUT = timedelta(seconds=50)  # a process that died ends the others in less than a minute
+
+
+class World:
+    """All processes of a run; with one process, everything here is the identity.
+
+    LoRA and full fine-tuning alike keep a whole copy of the weights in every process, so nothing wraps the
+    denoiser: gradients are summed once per update.
+    """
+
+    def __init__(self, timeout: timedelta = TIMEOUT):
+        self._state = PartialState(timeout=timeout)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return self._state.process_index
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self._state.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self._state.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self._state.device
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's part of a list that is the same in all of them: every size-th item."""
+        return list(items[self.rank :: self.size])
+
+    def gather(self, mine: list[T]) -> list[T]:
+        """The whole list again, in its first order, in every process, from everyone's `share` of it."""
+        if self.size == 1:
+            return mine
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, mine)
+        whole = [None] * sum(len(part) for part in parts)
+        for rank, part in enumerate(parts):
+            whole[rank :: self.size] = part
+        return whole  # type: ignore[return-value]
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Add up every parameter's gradient over all processes, in place; one that has none counts as zero."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self._state.wait_for_everyone()

@@ -1,0 +1,148 @@
+"""Preflight: what would train wrongly is refused before the first update, in a sentence that says what to do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tiller.algorithms.base import Algorithm
+from tiller.kernels import ODE
+from tiller.policy import Policy, Rollout, Step
+from tiller.rewards import Reward, score
+from tiller.rewards.check import describe
+from tiller.types import PipelineError, Prompt, RewardError
+
+STEPS = 4  # denoising steps of the trial calls, where the pipeline lets one choose
+SAMPLES = 4  # pictures of the trial, all of one prompt, so that a reward can be seen to vary within a group
+RATIO_TOLERANCE = 1e-4  # |log π_θ - log π_old| before any update, averaged over elements
+
+
+def preflight(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    algorithm: Algorithm,
+    sampling: Mapping[str, Any],
+    seed: int = 0,
+) -> None:
+    """Refuse a pipeline, reward or setting with which training could not work.
+
+    Raises:
+        PipelineError: replay differs from the recording, gradients do not reach the trained weights (or reach others),
+            fresh adapters change the pictures, or the policy without noise differs from the stock pipeline.
+        RewardError: the reward fails, or cannot tell pictures of one prompt apart.
+    """
+    call = _short(policy, sampling)
+    asked = [prompts[0]] * SAMPLES
+    texts = [prompt.text for prompt in asked]
+    rollout = policy.sample(texts, seed=seed, kernel=algorithm.kernel, **call)
+    check_reward(reward, rollout.images, asked)
+    check_replay(policy, rollout)
+    check_stock(policy, texts[0], seed, call)
+
+
+def check_reward(reward: Reward, images: Sequence[Any], asked: Sequence[Prompt]) -> None:
+    """The reward gives finite scores, and not the same one for every picture."""
+    scores = score(reward, images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+    complaint = describe(scores, group_size=len(asked))
+    if complaint:
+        raise RewardError(complaint)
+
+
+def check_replay(policy: Policy, rollout: Rollout) -> None:
+    """At every trainable step: ratio 1, and a gradient for the trained weights and for no others."""
+    if not rollout.steps:
+        raise PipelineError(
+            f"no step of {type(policy.pipe).__name__} has a density under {rollout.kernel}; choose a kernel with "
+            "noise, or more inference steps."
+        )
+    errors: dict[int, float] = {}
+
+    def on_step(step: Step) -> None:
+        assert step.old_log_prob is not None
+        errors[step.index] = float((step.log_prob.detach() - step.old_log_prob).abs().max())
+        if not step.log_prob.requires_grad:
+            raise PipelineError(
+                f"no gradient reaches the denoiser of {type(policy.pipe).__name__} at step {step.index}; "
+                "it cannot be trained through its own loop."
+            )
+        step.backward(step.log_prob.sum())
+
+    policy.replay(rollout, on_step)
+    worst = max(errors, key=lambda index: errors[index] if errors[index] == errors[index] else np.inf)
+    if not errors[worst] <= RATIO_TOLERANCE:
+        raise PipelineError(
+            f"replaying {type(policy.pipe).__name__} gives other log-probabilities than recording it (by "
+            f"{errors[worst]:.2g} at step {worst}); turn off what is random in it, such as dropout."
+        )
+    _check_gradients(policy)
+
+
+def _check_gradients(policy: Policy) -> None:
+    trained = policy.parameters
+    reached = [name for name, p in trained.items() if p.grad is not None and bool((p.grad != 0).any())]
+    broken = [name for name, p in trained.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    for parameter in trained.values():
+        parameter.grad = None
+    if broken:
+        raise PipelineError(f"the gradient of {broken[0]} is not finite; load the model in float32 or bfloat16.")
+    if not reached:
+        raise PipelineError(
+            f"no gradient reaches any of the {len(trained)} trained weights of {type(policy.pipe).__name__}; "
+            "name layers of its denoiser in model.target_modules."
+        )
+
+
+def check_stock(policy: Policy, prompt: str, seed: int, call: Mapping[str, Any]) -> None:
+    """Without noise the policy's picture is the stock pipeline's own; fresh adapters change nothing."""
+    arguments = {**call, "output_type": "np"} if _takes(policy, "output_type") else dict(call)
+    ours = policy.sample(prompt, seed=seed, kernel=ODE(), **arguments)
+    stock = policy.stock(prompt, seed=seed, **arguments)
+    error = _distance(ours.images, stock)
+    if error > 1e-3:
+        raise PipelineError(
+            f"sampling {type(policy.pipe).__name__} without noise differs from the pipeline's own picture (by "
+            f"{error:.2g} of 1); this is a fault of tiller, please report it with the pipeline's name."
+        )
+    if policy.lora_rank is None or not _fresh(policy):
+        return
+    with policy.base():
+        base = policy.stock(prompt, seed=seed, **arguments)
+    error = _distance(stock, base)
+    if error > 1e-3:
+        raise PipelineError(
+            f"fresh adapters change the picture (by {error:.2g} of 1); load the model without adapters."
+        )
+
+
+def _short(policy: Policy, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with a few denoising steps only, where the pipeline lets one choose."""
+    steps = {name: STEPS for name in ("num_inference_steps",) if _takes(policy, name)}
+    if "num_inference_steps" in sampling:
+        steps = {"num_inference_steps": min(STEPS, sampling["num_inference_steps"])}
+    if "timesteps" in sampling or "sigmas" in sampling:
+        steps = {}
+    return {**sampling, **steps}
+
+
+def _fresh(policy: Policy) -> bool:
+    """Whether the adapters still are the identity."""
+    return all(not bool(p.any()) for name, p in policy.parameters.items() if "lora_B" in name)
+
+
+def _takes(policy: Policy, name: str) -> bool:
+    return name in inspect.signature(type(policy.pipe).__call__).parameters
+
+
+def _distance(one: Any, other: Any) -> float:
+    """The largest difference of two outputs with values in [0, 1]."""
+    arrays = [
+        np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value, dtype=np.float64)
+        for value in (one, other)
+    ]
+    scale = 255.0 if arrays[0].max() > 2 else 1.0
+    return float(np.abs(arrays[0] - arrays[1]).max()) / scale
