@@ -1,0 +1,144 @@
+"""The gold judge: a small network that reads off a picture what is in it, and the two rewards made of it.
+
+Because scenes are drawn, the judge is trained on exact labels (`train_judge.py`), so that it can stand for the truth
+against which any other reward is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tiller.emoji.scenes import Facts, Scene, parse
+from tiller.emoji.words import COLOURS, NOUNS, NUMBERS, PLACES, PROPS, RELATIONS, SIZES
+from tiller.types import TillerError
+
+WEIGHTS = Path(__file__).parent / "judge.safetensors"
+CLASSES: dict[str, tuple[str, ...]] = {
+    "first": NOUNS,  # of two nouns, the one that comes first in NOUNS
+    "second": (*NOUNS, "dishes", "chess", "bike", "nothing"),
+    "relation": RELATIONS,  # where the first is from the second
+    "count": NUMBERS,  # of the first
+    "size": (*SIZES, "middle"),
+    "place": (*PLACES, "middle"),
+    "colour": COLOURS,
+}
+"""What the judge tells apart, for each fact."""
+
+FLOOR = -10.0  # log-probabilities below this count as this, so that one fact cannot drown the others
+_MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+class Judge(nn.Module):
+    """Pictures (N, 3, 64, 64) in [-1, 1] to log-probabilities of every fact, {fact: (N, classes)}."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        widths = [(3, 32, 2), (32, 64, 1), (64, 96, 2), (96, 128, 1), (128, 192, 2), (192, 192, 1)]
+        for before, after, stride in widths:
+            layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.Conv2d(192, 40, 1), nn.Flatten(), nn.Linear(40 * 64, 192), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.heads = nn.ModuleDict({fact: nn.Linear(192, len(names)) for fact, names in CLASSES.items()})
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        features = self.body(pictures)  # (N, 192)
+        return {fact: F.log_softmax(head(features).float(), dim=-1) for fact, head in self.heads.items()}
+
+    @classmethod
+    def load(cls, path: Path = WEIGHTS) -> Judge:
+        """The shipped judge, in fp32, ready to judge."""
+        if not path.exists():
+            raise TillerError(f"the judge's weights {path} are missing; reinstall tiller or train it anew")
+        judge = cls()
+        judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+        return judge.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def facts(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Log-probabilities {fact: (N, classes)} for pictures of any size."""
+        parts = [self(as_tensor(images[i : i + 64])) for i in range(0, len(images), 64)]
+        return {fact: torch.cat([part[fact] for part in parts]) for fact in CLASSES}
+
+
+def as_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """(N, 3, 64, 64) float32 in [-1, 1]."""
+    small = [im if im.size == (64, 64) else im.resize((64, 64), Image.Resampling.LANCZOS) for im in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(im.convert("RGB")) for im in small]))
+    return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def stated(facts: Facts) -> dict[str, int]:
+    """{fact: class} for what a caption states."""
+    found: dict[str, int] = {}
+    first, second, relation = facts.noun, facts.other, facts.relation
+    if first and second and NOUNS.index(first) > NOUNS.index(second):
+        first, second = second, first
+        relation = _MIRRORED[relation] if relation else None
+    if facts.activity:
+        second, relation = PROPS[facts.activity], None
+    names = {"first": first, "second": second, "relation": relation}
+    names |= {"size": facts.size, "place": facts.place, "colour": facts.colour}
+    for fact, name in names.items():
+        if name is not None:
+            found[fact] = CLASSES[fact].index(name)
+    if facts.count is not None:
+        found["count"] = facts.count - 1
+    return found
+
+
+def truth(scene: Scene) -> dict[str, int]:
+    """{fact: class} for everything that can be seen in a drawn scene, stated or not."""
+    facts = Facts(
+        scene.noun, scene.count, scene.activity, scene.other, scene.relation, None, None, scene.colour
+    )
+    found = stated(facts)
+    alone = scene.count == 1 and not scene.activity and not scene.other
+    if not scene.activity and not scene.other:
+        found["second"] = CLASSES["second"].index("nothing")
+    if alone and not scene.place:
+        found["size"] = CLASSES["size"].index(scene.size or "middle")
+    if alone and not scene.size:
+        found["place"] = CLASSES["place"].index(scene.place or "middle")
+    return found
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> Judge:
+    return Judge.load()
+
+
+def gold_accuracy(
+    images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> list[float | None]:
+    """1 where every fact that the prompt states is the judge's first choice, else 0; None if it states none."""
+    read = _shipped().facts(images) if images else {}
+    scores: list[float | None] = []
+    for i, prompt in enumerate(prompts):
+        wanted = stated(parse(prompt))
+        right = all(int(read[fact][i].argmax()) == index for fact, index in wanted.items())
+        scores.append(float(right) if wanted else None)
+    return scores
+
+
+def alignment(
+    images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> list[float | None]:
+    """Mean log-probability (nats, at least `FLOOR` each) of the facts that the prompt states; None if it states none."""
+    read = _shipped().facts(images) if images else {}
+    scores: list[float | None] = []
+    for i, prompt in enumerate(prompts):
+        wanted = stated(parse(prompt))
+        logs = [max(FLOOR, float(read[fact][i, index])) for fact, index in wanted.items()]
+        scores.append(sum(logs) / len(logs) if logs else None)
+    return scores

@@ -1,0 +1,66 @@
+"""Trains a small text-to-image model from scratch: autoencoder, text encoder and denoiser, into a plain pipeline folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
+
+from tiller.pretrain import autoencoder, data, phases, tokenizer
+from tiller.pretrain.config import AutoencoderConfig, DecoderConfig, DenoiserConfig, PretrainConfig
+from tiller.pretrain.denoiser import PROMPT_TOKENS, Denoiser
+from tiller.pretrain.export import export
+from tiller.pretrain.training import Progress
+
+__all__ = [
+    "AutoencoderConfig",
+    "DecoderConfig",
+    "DenoiserConfig",
+    "PretrainConfig",
+    "Progress",
+    "pretrain",
+    "run",
+]
+
+
+def pretrain(config: PretrainConfig) -> Iterator[Progress]:
+    """Trains, reporting every 20 steps, and writes the pipeline into `config.output`.
+
+    Its state is in `config.output/train`; the same call after an interruption goes on from the last save.
+    """
+    folder = Path(config.output) / "train"
+    source = data.open_source(config.data, config.size)
+    vae, model, words = build(config, source, folder)
+    yield from phases.train_autoencoder(vae, source, config, folder)
+    pool = phases.Pool(vae, words, source, config)
+    yield from phases.train_denoiser(model, pool, config, folder)
+    yield from phases.train_decoder(vae, source, config, folder)
+    export(vae, model, words, Path(config.output) / "pipeline")
+
+
+def build(
+    config: PretrainConfig, source: data.Source, folder: Path
+) -> tuple[AutoencoderKL, Denoiser, CLIPTokenizer]:
+    """The untrained parts, the same for the same seed."""
+    words = tokenizer.build(data.vocabulary(source.texts(), config.words), PROMPT_TOKENS, folder)
+    torch.manual_seed(config.seed)
+    vae = autoencoder.build(config.autoencoder, config.size)
+    side = config.size // 2 ** (len(config.autoencoder.channels) - 1)
+    torch.manual_seed(config.seed + 1)
+    channels = config.autoencoder.latent_channels
+    model = Denoiser(config.denoiser, channels, side, len(words), words.eos_token_id)
+    return vae, model, words
+
+
+def run(config: PretrainConfig) -> Path:
+    """Trains to the end with plain lines of progress; the pipeline's folder."""
+    for p in pretrain(config):
+        if p.step % 100 == 0 or p.step == p.steps:
+            print(
+                f"{p.phase} {p.step}/{p.steps}  loss {p.loss:.4f}  {p.images_per_second:.0f} images/s",
+                flush=True,
+            )
+    return Path(config.output) / "pipeline"

@@ -1,0 +1,157 @@
+"""The three phases of pretraining, each a generator of `Progress` over one resumable `Training`.
+
+Every batch is a function of (seed, phase, step) alone, so a run that was interrupted ends where an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from tiller.pretrain import autoencoder, denoiser
+from tiller.pretrain.config import PretrainConfig
+from tiller.pretrain.data import Source
+from tiller.pretrain.training import Progress, Training, optimise
+
+AUTOENCODER, DENOISER, DECODER, POOL = 1, 2, 3, 4  # keep the phases' random streams apart
+
+
+def numpy_stream(config: PretrainConfig, phase: int, step: int) -> np.random.Generator:
+    """The random choices of one step."""
+    return np.random.default_rng((config.seed, phase, step))
+
+
+def torch_stream(config: PretrainConfig, phase: int, step: int) -> torch.Generator:
+    """The noise of one step."""
+    return torch.Generator().manual_seed(int(numpy_stream(config, phase + 100, step).integers(2**62)))
+
+
+def autocast(config: PretrainConfig) -> torch.autocast:
+    """bf16 matrix products, or nothing."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def train_autoencoder(
+    vae: AutoencoderKL, source: Source, config: PretrainConfig, folder: Path
+) -> Iterator[Progress]:
+    """Encoder and decoder together; at the end latents are standardised."""
+    settings = config.autoencoder
+    training = Training(vae, settings.lr, settings.steps)
+    side = config.size // 2 ** (len(settings.channels) - 1)
+
+    def loss(step: int) -> Tensor:
+        pictures, _ = source.batch(numpy_stream(config, AUTOENCODER, step), settings.batch)
+        shape = (settings.batch, settings.latent_channels, side, side)
+        noise = torch.randn(shape, generator=torch_stream(config, AUTOENCODER, step))
+        with autocast(config):
+            return autoencoder.autoencoder_loss(vae, pictures, noise, settings.kl)
+
+    yield from optimise(
+        training, loss, "autoencoder", settings.batch, folder / "autoencoder.safetensors", config.save_every
+    )
+    pictures, _ = source.batch(numpy_stream(config, AUTOENCODER, settings.steps), 1024)
+    autoencoder.standardise(vae, encode(vae, pictures, config)[0])
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: Tensor, config: PretrainConfig) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the posterior, (N, C, h, w) float32 each."""
+    means, stds = [], []
+    with autocast(config):
+        for chunk in pictures.split(64):
+            posterior = vae.encode(chunk).latent_dist
+            means.append(posterior.mean.float())
+            stds.append(posterior.std.float())
+    return torch.cat(means), torch.cat(stds)
+
+
+class Pool:
+    """Encoded pictures and their tokens, drawn anew every `epochs` passes; a function of the step alone."""
+
+    def __init__(
+        self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, source: Source, config: PretrainConfig
+    ) -> None:
+        self.vae, self.tokenizer, self.source, self.config = vae, tokenizer, source, config
+        self.index = -1
+        self.nothing = denoiser.tokenise(tokenizer, [""])[0]  # (L,)
+
+    def _fill(self, index: int) -> None:
+        rng = numpy_stream(self.config, POOL, index)
+        means, stds, texts = [], [], []
+        for start in range(0, self.config.denoiser.pool, 256):
+            count = min(256, self.config.denoiser.pool - start)
+            pictures, captions = self.source.batch(rng, count)
+            mean, std = encode(self.vae, pictures, self.config)
+            means.append(mean.half())
+            stds.append(std.half())
+            texts += captions
+        self.index, self.means, self.stds = index, torch.cat(means), torch.cat(stds)
+        self.tokens = denoiser.tokenise(self.tokenizer, texts)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents (B, C, h, w), tokens (B, L), timesteps (B,), noise (B, C, h, w) of one step."""
+        settings = self.config.denoiser
+        index = step * settings.batch // (settings.pool * settings.epochs)
+        if index != self.index:
+            self._fill(index)
+        rng = numpy_stream(self.config, DENOISER, step)
+        generator = torch_stream(self.config, DENOISER, step)
+        chosen = torch.from_numpy(rng.integers(len(self.tokens), size=settings.batch))
+        tokens = self.tokens[chosen]
+        tokens[torch.from_numpy(rng.random(settings.batch) < settings.drop)] = self.nothing
+        mean, std = self.means[chosen].float(), self.stds[chosen].float()
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        # one timestep from each of B equal parts of the schedule: the same mean, less variance
+        timesteps = torch.from_numpy(
+            (np.arange(settings.batch) + rng.random(settings.batch)) * 1000 / settings.batch
+        )
+        return latents, tokens, timesteps.long(), torch.randn(mean.shape, generator=generator)
+
+
+def train_denoiser(
+    model: denoiser.Denoiser, pool: Pool, config: PretrainConfig, folder: Path
+) -> Iterator[Progress]:
+    """U-Net and text encoder together; at the end the model holds the averaged weights."""
+    settings = config.denoiser
+    training = Training(model, settings.lr, settings.steps, settings.ema)
+    scheduler = denoiser.schedule()
+
+    def loss(step: int) -> Tensor:
+        latents, tokens, timesteps, noise = pool.batch(step)
+        with autocast(config):
+            return denoiser.denoising_loss(model, scheduler, latents, tokens, timesteps, noise)
+
+    path = folder / "denoiser.safetensors"
+    yield from optimise(training, loss, "denoiser", settings.batch, path, config.save_every)
+    training.use_average()
+
+
+def train_decoder(
+    vae: AutoencoderKL, source: Source, config: PretrainConfig, folder: Path
+) -> Iterator[Progress]:
+    """The decoder alone, on slightly noisy latents: it learns to draw what a denoiser only nearly says."""
+    settings = config.decoder
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    training = Training(vae, settings.lr, settings.steps)
+
+    def loss(step: int) -> Tensor:
+        pictures, _ = source.batch(numpy_stream(config, DECODER, step), settings.batch)
+        generator = torch_stream(config, DECODER, step)
+        mean, std = encode(vae, pictures, config)
+        spread = (
+            std.square() + (settings.noise * torch.rand(len(mean), 1, 1, 1, generator=generator)) ** 2
+        ).sqrt()
+        latents = mean + spread * torch.randn(mean.shape, generator=generator)
+        with autocast(config):
+            return autoencoder.reconstruction_loss(vae.decode(latents).sample, pictures)
+
+    yield from optimise(
+        training, loss, "decoder", settings.batch, folder / "decoder.safetensors", config.save_every
+    )
