@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from tiller import yaml_text
 from tiller.choice import Chosen
-from tiller.config_types import Unknown, dataclass_in, join, parse_dataclass, suggest
+from tiller.config_types import Unknown, dataclass_in, fits, join, parse_dataclass, suggest
 from tiller.types import ConfigError
 
 T = TypeVar("T")
@@ -84,10 +84,10 @@ def _plain(value: Any, complete: bool) -> Any:
 
 
 def _settings(instance: Any) -> dict[str, Any]:
-    """What a recipe can say about a chosen class: its plain fields."""
-    plain = (bool, int, float, str, tuple, list, dict, type(None))
-    values = {entry.name: getattr(instance, entry.name) for entry in fields(instance) if entry.init}
-    return {name: _plain(value, False) for name, value in values.items() if isinstance(value, plain)}
+    """What a recipe can say about a chosen class: those of its fields that can be read back."""
+    hints = get_type_hints(type(instance), include_extras=True)
+    values = {entry.name: _plain(getattr(instance, entry.name), False) for entry in fields(instance) if entry.init}
+    return {name: value for name, value in values.items() if fits(value, hints[name])}
 
 
 def _choices(instance: Any, key: str) -> Iterator[tuple[str, Chosen]]:
@@ -101,13 +101,27 @@ def _choices(instance: Any, key: str) -> Iterator[tuple[str, Chosen]]:
             yield from _choices(value, here)
 
 
+def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["guidance_scale=3", "height=64"]` as a mapping, for settings that have no schema; the values are YAML."""
+    mapping: dict[str, Any] = {}
+    for pair in pairs:
+        key, value = _pair(pair)
+        mapping[key] = value
+    return mapping
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f"config error: {text!r} is no setting; write key=value or key.sub=value.")
+    return key.strip(), yaml_text.parse(value, f"setting {key.strip()}")
+
+
 def _override(cls: type, mapping: dict[str, Any], override: str) -> None:
     """Put one `key.sub=value` into the mapping; the value is YAML, so `null`, `[a, b]` and `1e-4` mean what
     they say."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"config error: {override!r} is no override; write key.sub=value.")
+    key, value = _pair(override)
+    parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):
         inner = mapping.get(part)
         if inner is None:
@@ -119,7 +133,7 @@ def _override(cls: type, mapping: dict[str, Any], override: str) -> None:
             raise ConfigError(f"config error: {where} is {inner!r}, so {key} cannot be set; it has no keys.")
         mapping[part] = inner
         mapping = inner
-    mapping[parts[-1]] = yaml_text.parse(text, f"override {key}")
+    mapping[parts[-1]] = value
 
 
 def _default_choice(cls: type, parts: Sequence[str]) -> dict[str, Any]:
@@ -140,7 +154,9 @@ def _unknown(cls: type, error: Unknown) -> str:
     prefix = f"{parent}." if parent else ""
     if close := suggest(name, error.siblings):
         return f"{error.key} is unknown; did you mean {prefix}{close}?"
-    everywhere = {key.rpartition(".")[2]: key for key in _leaves(cls, "")}
+    everywhere: dict[str, str] = {}
+    for key in _leaves(cls, ""):
+        everywhere.setdefault(key.rpartition(".")[2], key)
     if close := suggest(name, everywhere):
         return f"{error.key} is unknown; did you mean {everywhere[close]}?"
     return f"{error.key} is unknown; {parent or 'the recipe'} takes {', '.join(error.siblings) or 'no settings'}."

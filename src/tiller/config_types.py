@@ -96,17 +96,18 @@ def _union(value: Any, hint: Any, key: str) -> Any:
     if len(arms) == 1 and arms[0] not in _WORDS:
         return parse_value(value, arms[0], key)  # for the message of what is inside
     for arm in sorted(arms, key=lambda arm: arm is not type(value)):
-        if (parsed := _attempt(value, arm, key)) is not None:
-            return parsed
+        if fits(value, arm):
+            return parse_value(value, arm, key)
     raise _wrong(key, value, _words(hint))
 
 
-def _attempt(value: Any, hint: Any, key: str) -> Any:
-    """The parsed value, or None (which no arm of a union makes of a value) if it does not fit."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `parse_value` takes the value."""
     try:
-        return parse_value(value, hint, key)
+        parse_value(value, hint, "")
     except (ConfigError, Unknown):
-        return None
+        return False
+    return True
 
 
 def _literal(value: Any, options: tuple[Any, ...], key: str) -> Any:

@@ -60,5 +60,5 @@ def _require(holds: bool, message: str) -> None:
 def _whole(value: int, unit_name: str, unit: int) -> None:
     """The samples of an epoch must be a whole number of units; else say which number near it is."""
     if value % unit:
-        near = max(unit, round(value / unit) * unit)
+        near = max(1, (value + unit // 2) // unit) * unit
         raise ConfigError(f"samples_per_epoch is {value}, which is no multiple of {unit_name} ({unit}); {near} is.")

@@ -23,8 +23,7 @@ def draw(prompts: Sized, seed: int, epoch: int, count: int, group_size: int) -> 
     if group_size < 1 or count < 1:
         raise ConfigError(f"{count} samples in groups of {group_size} cannot be drawn; both must be at least 1.")
     if count % group_size:
-        below = count - count % group_size
-        near = below if below and count - below <= group_size / 2 else below + group_size
+        near = max(1, (count + group_size // 2) // group_size) * group_size
         raise ConfigError(
             f"{count} samples per epoch do not make whole groups of {group_size}; the nearest that does is {near}."
         )

@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from numbers import Real
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -76,11 +78,18 @@ def _call(reward: Reward, images: list[Image], prompts: list[str], metadata: lis
     except Exception as error:
         different = list(dict.fromkeys(prompts))
         asked = ", ".join(repr(prompt) for prompt in different[:3]) + (", ..." if len(different) > 3 else "")
-        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        detail = (f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) + _line(reward, error)
         raise RewardError(
             f"reward {reward_name(reward)} failed on {len(images)} image(s) of {asked}: {detail}; "
             "mend it, or return None for a picture it cannot score."
         ) from error
+
+
+def _line(reward: object, error: Exception) -> str:
+    """Where in the reward's own source it happened, if that can be told."""
+    code = getattr(reward, "__code__", None)
+    lines = [number for frame, number in walk_tb(error.__traceback__) if frame.f_code is code]
+    return f" ({Path(code.co_filename).name}:{lines[-1]})" if code and lines else ""
 
 
 def _wait(coroutine: Coroutine[Any, Any, Any]) -> Any:

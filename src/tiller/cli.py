@@ -1,0 +1,153 @@
+"""The command line: one short function per command. `--help` imports neither torch nor diffusers.
+
+Exit codes: 0 done; 1 a fault of tiller itself, with its traceback; 2 something the user can cure, said in one line;
+130 interrupted (Ctrl-C); 143 terminated (SIGTERM). A command that saves before it leaves does so with the same codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from tiller.types import ConfigError, TillerError
+
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return arguments.command(arguments) or 0
+    except TillerError as error:
+        if arguments.debug:
+            raise
+        text = str(error)
+        print(text if text.startswith("config error:") else f"error: {text}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    sys.exit(TERMINATED)
+
+
+def _train(arguments: argparse.Namespace) -> int | None:
+    from tiller import config
+    from tiller.recipe import Recipe
+
+    recipe = config.load(Recipe, arguments.recipe, arguments.overrides)
+    from tiller.commands import train
+
+    return train.run(recipe, name=Path(arguments.recipe).stem, resume=arguments.resume)
+
+
+def _demo(arguments: argparse.Namespace) -> int | None:
+    from tiller.commands import demo
+
+    return demo.run(overrides=arguments.overrides, output=arguments.output)
+
+
+def _sample(arguments: argparse.Namespace) -> int | None:
+    from tiller import config, prompts
+
+    sampling = config.parse_pairs(arguments.overrides)
+    if arguments.prompt and arguments.prompts:
+        raise ConfigError("give --prompt or --prompts, not both.")
+    wanted = prompts.load(arguments.prompts or arguments.prompt or "animals")
+    from tiller.commands import sample
+
+    return sample.run(
+        arguments.model,
+        wanted,
+        adapter=arguments.adapter,
+        per_prompt=arguments.per_prompt,
+        seed=arguments.seed,
+        output=arguments.output,
+        sampling=sampling,
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> int | None:
+    from tiller.commands import evaluate
+
+    return evaluate.run(Path(arguments.run), overrides=arguments.overrides)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from tiller import config, pretrain
+
+    settings = config.load(pretrain.PretrainConfig, arguments.config, arguments.overrides)
+    print(pretrain.run(settings))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from tiller import doctor
+
+    checks = doctor.examine()
+    print(doctor.report(checks))
+    return USER_ERROR if any(check.problem for check in checks) else 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; `key=value` may stand anywhere after the command, also behind options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    pairs = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(pairs) < len(rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unknown arguments: {' '.join(word for word in rest if word not in pairs) or ' '.join(rest)}")
+    if hasattr(arguments, "overrides"):
+        arguments.overrides = [*arguments.overrides, *pairs]
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tiller", description="Steer image generators with rewards.")
+    parser.add_argument("--version", action="version", version=f"tiller {metadata.version('tiller')}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error that has a cure, too")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model as a recipe says")
+    train.add_argument("recipe", metavar="RECIPE.yaml")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint, and fail without one")
+    _takes_overrides(train, _train, "settings that replace the recipe's, such as train.epochs=5")
+
+    demo = commands.add_parser("demo", help="train the model that comes with tiller, for a few minutes")
+    demo.add_argument("--output", metavar="DIR", help="where the run goes")
+    _takes_overrides(demo, _demo, "settings that replace the demo's")
+
+    sample = commands.add_parser("sample", help="draw pictures from a model or a run")
+    sample.add_argument("model", metavar="MODEL", help="a run folder, a pipeline folder, a name on the hub, or emoji")
+    sample.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    sample.add_argument("--prompts", metavar="SOURCE", help="a .txt or .jsonl file or a built-in set")
+    sample.add_argument("--adapter", metavar="PATH", help="a LoRA to put on the model")
+    sample.add_argument("--per-prompt", type=int, default=1, metavar="N")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--output", default="samples", metavar="DIR")
+    _takes_overrides(sample, _sample, "the pipeline's call arguments, such as guidance_scale=3")
+
+    evaluate = commands.add_parser("evaluate", help="compare base and tuned model of a run, on held-out prompts")
+    evaluate.add_argument("run", metavar="RUN")
+    _takes_overrides(evaluate, _evaluate, "evaluation settings, such as samples_per_prompt=8")
+
+    pretrain = commands.add_parser("pretrain", help="train a small text-to-image model from scratch")
+    pretrain.add_argument("--config", metavar="FILE.yaml", help="settings; without, those of the shipped model")
+    _takes_overrides(pretrain, _pretrain, "settings, such as output=my_model data=my_pictures")
+
+    commands.add_parser("doctor", help="check this machine").set_defaults(command=_doctor)
+    return parser
+
+
+def _takes_overrides(parser: argparse.ArgumentParser, command: object, words: str) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=words)
+    parser.set_defaults(command=command)
