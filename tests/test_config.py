@@ -12,7 +12,7 @@ import pytest
 
 from tiller import config, yaml_text
 from tiller.choice import Choice, Chosen
-from tiller.recipe import KERNELS, Recipe
+from tiller.recipe import ALGORITHMS, KERNELS, Recipe, build_algorithm
 from tiller.settings import TrainConfig
 from tiller.types import ConfigError
 
@@ -331,6 +331,25 @@ def test_the_message_of_the_manual() -> None:
 @pytest.mark.parametrize("name", KERNELS.options)
 def test_every_listed_kernel_builds(name: str) -> None:
     assert type(config.build(KERNELS.pick(name))).__module__ == "tiller.kernels"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS.options)
+def test_every_listed_algorithm_builds_and_its_defaults_go_round(name: str) -> None:
+    recipe = Recipe(algorithm=ALGORITHMS.pick(name))
+    again = from_text(config.to_yaml(recipe, complete=True), Recipe)
+    assert "advantage_clip" in again.algorithm.settings
+    assert build_algorithm(again) == build_algorithm(recipe)
+
+
+def test_the_recipes_kernel_goes_into_the_algorithm() -> None:
+    recipe = from_text("algorithm: {name: ddpo, clip_range: 1e-3}\nkernel: {name: ddim, eta: 0.5}", Recipe)
+    algorithm = build_algorithm(recipe)
+    assert algorithm.clip_range == 1e-3
+    assert algorithm.kernel.eta == 0.5
+    assert build_algorithm(Recipe()).kernel is None
+    assert "algorithm.clip_rnage is unknown; did you mean algorithm.clip_range?" in message(
+        "", Recipe, ("algorithm.clip_rnage=1",)
+    )
 
 
 def test_kernel_settings_are_checked() -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tiller.rewards import Background, describe, jpeg_compressibility, jpeg_incompressibility, resolve, score
+from tiller.rewards.resolve import BUILT_IN
 from tiller.types import ConfigError, RewardError, Scores
 
 PROMPTS = ["a cat", "a dog", "a horse"]
@@ -217,6 +218,11 @@ def test_unequal_inputs_are_refused() -> None:
 def test_built_in_names() -> None:
     assert resolve("jpeg_compressibility") is jpeg_compressibility
     assert resolve("tiller.rewards.jpeg:jpeg_incompressibility") is jpeg_incompressibility
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_name_leads_to_a_function(name: str) -> None:
+    assert callable(resolve(name))
 
 
 @pytest.mark.parametrize(

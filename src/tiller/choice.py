@@ -27,7 +27,7 @@ class Chosen:
             raise ConfigError(f"config error: {self.target} cannot be loaded: {error}.") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, as typing wants of what stands in an annotation
 class Choice:
     """What a field may name, and the classes meant; it goes into the field's type, `Annotated[Chosen, Choice(..)]`.
 

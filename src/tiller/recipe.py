@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
+from tiller import config
 from tiller.choice import Choice, Chosen
 from tiller.settings import TrainConfig
 from tiller.types import ConfigError
 
-ALGORITHMS = Choice({"ddpo": "tiller.algorithms.ddpo:DDPO"})
+ALGORITHMS = Choice(
+    {
+        "ddpo": "tiller.algorithms.ddpo:DDPO",
+        "ddpo_sf": "tiller.algorithms.ddpo_sf:DDPOSF",
+    }
+)
 """What `algorithm:` may name."""
 
 _DDPO = ALGORITHMS.pick("ddpo")
@@ -91,3 +97,9 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: Evaluation = field(default_factory=Evaluation)
     run: RunSettings = field(default_factory=RunSettings)
+
+
+def build_algorithm(recipe: Recipe) -> Any:
+    """The algorithm's object, with the recipe's kernel in place of its own if the recipe names one."""
+    algorithm = config.build(recipe.algorithm)
+    return algorithm if recipe.kernel is None else replace(algorithm, kernel=config.build(recipe.kernel))
