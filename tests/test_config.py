@@ -12,7 +12,7 @@ import pytest
 
 from tiller import config, yaml_text
 from tiller.choice import Choice, Chosen
-from tiller.recipe import ALGORITHMS, KERNELS, Recipe, build_algorithm
+from tiller.recipe import ALGORITHMS, KERNELS, Recipe
 from tiller.settings import TrainConfig
 from tiller.types import ConfigError
 
@@ -338,18 +338,16 @@ def test_every_listed_algorithm_builds_and_its_defaults_go_round(name: str) -> N
     recipe = Recipe(algorithm=ALGORITHMS.pick(name))
     again = from_text(config.to_yaml(recipe, complete=True), Recipe)
     assert "advantage_clip" in again.algorithm.settings
-    assert build_algorithm(again) == build_algorithm(recipe)
+    assert config.build(again.algorithm) == config.build(recipe.algorithm)
 
 
-def test_the_recipes_kernel_goes_into_the_algorithm() -> None:
-    recipe = from_text("algorithm: {name: ddpo, clip_range: 1e-3}\nkernel: {name: ddim, eta: 0.5}", Recipe)
-    algorithm = build_algorithm(recipe)
-    assert algorithm.clip_range == 1e-3
-    assert algorithm.kernel.eta == 0.5
-    assert build_algorithm(Recipe()).kernel is None
+def test_algorithm_settings_are_checked() -> None:
+    recipe = from_text("algorithm: {name: ddpo, clip_range: 1e-3}", Recipe)
+    assert config.build(recipe.algorithm).clip_range == 1e-3
     assert "algorithm.clip_rnage is unknown; did you mean algorithm.clip_range?" in message(
         "", Recipe, ("algorithm.clip_rnage=1",)
     )
+    assert "algorithm.kernel cannot be set in a recipe" in message("algorithm: {name: ddpo, kernel: ddim}", Recipe)
 
 
 def test_kernel_settings_are_checked() -> None:

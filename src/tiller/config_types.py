@@ -80,7 +80,7 @@ def _scalar(value: Any, hint: Any, key: str) -> Any:
     if hint is Any:
         return copy.deepcopy(value)
     if hint not in _WORDS:
-        raise ConfigError(f"config error: {key} cannot be set in a recipe; set it in Python.")
+        raise ConfigError(f"config error: {key} cannot be set in a recipe; leave it out (it can be set in Python).")
     if hint is float and type(value) in (int, float) and not math.isnan(value):
         return float(value)
     if hint is not float and type(value) is hint:

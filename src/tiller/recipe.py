@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tiller import config
 from tiller.choice import Choice, Chosen
 from tiller.settings import TrainConfig
 from tiller.types import ConfigError
@@ -41,6 +40,7 @@ class Model:
     revision: str | None = None
     variant: str | None = None  # such as fp16: which of a repository's weight files
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights as loaded
+    mixed_precision: Literal["no", "bf16"] = "no"  # autocast of the models; transitions stay in float32
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     lora_rank: int | None = 16  # None fine-tunes all weights of the denoiser
     lora_alpha: float | None = None  # None is the rank, so that the adapter's scale is 1
@@ -97,9 +97,3 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: Evaluation = field(default_factory=Evaluation)
     run: RunSettings = field(default_factory=RunSettings)
-
-
-def build_algorithm(recipe: Recipe) -> Any:
-    """The algorithm's object, with the recipe's kernel in place of its own if the recipe names one."""
-    algorithm = config.build(recipe.algorithm)
-    return algorithm if recipe.kernel is None else replace(algorithm, kernel=config.build(recipe.kernel))

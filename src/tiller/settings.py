@@ -1,10 +1,8 @@
-"""How a policy is trained: sizes of an epoch, the optimiser, precision. Torch-free, so that a recipe is
-checked at once."""
+"""How a policy is trained: the sizes of an epoch, the optimiser, precision. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from tiller.types import ConfigError
 
@@ -29,7 +27,6 @@ class TrainConfig:
     eps: float = 1e-8
     max_grad_norm: float = 1.0  # the gradient's norm is scaled down to this
     ema_decay: float | None = None  # of a running mean of the weights, per update; None keeps none
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast of the denoiser
     seed: int = 0  # of prompts, noise and initial adapter weights
 
     def __post_init__(self) -> None:

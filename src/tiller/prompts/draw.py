@@ -1,5 +1,4 @@
-"""Which prompts an epoch draws: a pure function of (seed, epoch), so that a resumed run draws what it would
-have."""
+"""Which prompts an epoch draws: a pure function of (seed, epoch), so that a resumed run draws the same."""
 
 from __future__ import annotations
 

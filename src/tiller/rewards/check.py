@@ -26,8 +26,7 @@ def describe(scores: Scores, group_size: int | None = None) -> str:
     if group_size and group_size > 1 and not _varies_within_a_group(scores, group_size):
         return (
             "the reward gave the same score to all pictures of a prompt, for each of "
-            f"{len(scores.values) // group_size} "
-            "prompts; it must depend on the picture, not on the prompt alone."
+            f"{len(scores.values) // group_size} prompts; it must depend on the picture, not on the prompt alone."
         )
     return ""
 

@@ -46,8 +46,7 @@ def score(
     if not len(images) == len(prompts) == len(metadata):
         raise RewardError(
             f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata entries do not "
-            "belong "
-            "together; give one of each per picture."
+            "belong together; give one of each per picture."
         )
     if not images:
         return Scores(np.empty(0))
@@ -148,15 +147,13 @@ def _rows(name: str, result: Any, expected: int) -> list[Any]:
     if not isinstance(rows, (list, tuple)):
         raise RewardError(
             f"reward {name} returned {_what(result)} for {expected} image(s); return a list of one number "
-            "per image, "
-            "None where there is no score."
+            "per image, None where there is no score."
         )
     if any(isinstance(_plain(row), (list, tuple)) for row in rows):
         shape = "x".join(map(str, getattr(result, "shape", ()))) or "nested"
         raise RewardError(
             f"reward {name} returned a {shape} list of lists; return a flat list of one number per image, "
-            "or a "
-            "mapping of named lists."
+            "or a mapping of named lists."
         )
     if len(rows) != expected:
         raise RewardError(

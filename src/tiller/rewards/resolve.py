@@ -54,8 +54,7 @@ def _from_package(place: str, spec: str) -> ModuleType:
         if error.name and (place == error.name or place.startswith(error.name + ".")):
             raise ConfigError(
                 f"the reward {spec!r} is unknown: there is no module {error.name!r} to import; install it, "
-                "or name the "
-                "file as path/file.py:name."
+                "or name the file as path/file.py:name."
             ) from error
         raise ConfigError(
             f"the reward {spec!r} cannot be loaded: it needs the module {error.name!r}; install it."
