@@ -382,7 +382,7 @@ def test_group_of_one_and_full_fine_tuning_are_allowed() -> None:
 
 
 def test_every_field_of_train_is_typed_and_has_a_default() -> None:
-    assert {entry.name for entry in fields(TrainConfig)} >= {"epochs", "learning_rate", "seed", "mixed_precision"}
+    assert {entry.name for entry in fields(TrainConfig)} >= {"epochs", "learning_rate", "seed"}
     assert TrainConfig() == TrainConfig()
 
 

@@ -28,7 +28,7 @@ ONE_CALL_PER_STEP: Mapping[str, Any] = {
     "FlowMatchHeunDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
 }
 
-AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"no": None, "bf16": torch.bfloat16}
 
 
 class Policy:
@@ -39,7 +39,7 @@ class Policy:
         lora_rank: rank of the LoRA adapters put into every denoiser; None trains all of the denoisers' weights.
         lora_alpha: scale of the adapters; the rank by default, so that they act with weight 1.
         target_modules: names of the linear layers that get an adapter; by default the attention projections.
-        mixed_precision: "bf16" or "fp16" run the models under autocast. Transitions are computed in float32 always.
+        mixed_precision: "bf16" runs the models under autocast. Transitions are computed in float32 always.
         seed: of the adapters' initial values.
 
     Raises:
@@ -52,7 +52,7 @@ class Policy:
         lora_rank: int | None = 16,
         lora_alpha: float | None = None,
         target_modules: Sequence[str] | None = None,
-        mixed_precision: Literal["no", "bf16", "fp16"] = "no",
+        mixed_precision: Literal["no", "bf16"] = "no",
         seed: int = 0,
     ):
         self.pipe: Any = pipe
@@ -79,7 +79,7 @@ class Policy:
         lora_rank: int | None = 16,
         lora_alpha: float | None = None,
         target_modules: Sequence[str] | None = None,
-        mixed_precision: Literal["no", "bf16", "fp16"] = "no",
+        mixed_precision: Literal["no", "bf16"] = "no",
         seed: int = 0,
         device: str | torch.device | None = None,
         **loading: Any,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tiller.policy import seam
@@ -131,3 +131,21 @@ def _parameters(function: Any) -> list[str]:
     import inspect
 
     return list(inspect.signature(function).parameters)
+
+
+def load(policy: Policy, path: Path) -> None:
+    """Put a LoRA that `save` wrote back into the adapters.
+
+    Raises:
+        PipelineError: the file is missing, or belongs to another model or rank.
+    """
+    file = path / "pytorch_lora_weights.safetensors"
+    if not file.exists():
+        raise PipelineError(f"there is no {file}; give a folder that tiller saved a LoRA in.")
+    tensors = load_file(file)
+    for part, module in policy.denoisers.items():
+        mine = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+        wanted = {name: tuple(tensor.shape) for name, tensor in lora_state(module).items()}
+        if {name: tuple(tensor.shape) for name, tensor in mine.items()} != wanted:
+            raise PipelineError(f"{file} does not fit the adapters of {part}; load it with the rank it was made with.")
+        set_peft_model_state_dict(module, mine, adapter_name=ADAPTER)

@@ -1,0 +1,34 @@
+# make demo   creates .venv, installs, and trains the model that comes with tiller for a few minutes
+# make test   the same set-up, then lint, types and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test setup font clean
+
+demo: setup
+	$(BIN)/tiller demo
+
+test: setup font
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The scenes of the embedded world are drawn from this font; training and sampling do without it.
+font:
+	@test -e $(FONT) || (command -v apt-get >/dev/null && (apt-get update -qq; apt-get install -y -qq fonts-noto-color-emoji)) \
+	  || echo "fonts-noto-color-emoji is not installed: tests that draw scenes are skipped"
+
+clean:
+	rm -rf $(VENV) runs

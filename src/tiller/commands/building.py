@@ -1,0 +1,96 @@
+"""From a recipe's plain data to the objects it names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiller import config
+from tiller.algorithms.base import Algorithm
+from tiller.policy import Policy
+from tiller.prompts import SETS, held_out, load
+from tiller.recipe import Model, Recipe
+from tiller.rewards import Reward, resolve
+from tiller.types import ConfigError, Prompt
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def algorithm(recipe: Recipe) -> Algorithm:
+    """The recipe's algorithm, with the recipe's kernel where it names one."""
+    built = config.build(recipe.algorithm)
+    return built if recipe.kernel is None else replace(built, kernel=config.build(recipe.kernel))
+
+
+def policy(model: Model, seed: int) -> Policy:
+    """The pipeline, loaded and put on its device, with fresh adapters."""
+    loaded = Policy.from_pretrained(
+        model.name,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        target_modules=model.target_modules,
+        mixed_precision=model.mixed_precision,
+        seed=seed,
+        device=device(model.device),
+        torch_dtype=DTYPES[model.dtype],
+        **{key: getattr(model, key) for key in ("revision", "variant") if getattr(model, key) is not None},
+    )
+    for denoiser in loaded.denoisers.values():
+        if model.channels_last and any(weight.ndim == 4 for weight in denoiser.parameters()):
+            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if model.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        if model.compile:
+            denoiser.forward = torch.compile(denoiser.forward)
+    return loaded
+
+
+def device(name: str) -> torch.device:
+    """The device a recipe asks for; "auto" is the launcher's, or the best there is.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        from tiller.distributed import World
+
+        return World().device
+    try:
+        wanted = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"config error: model.device is {name!r}; give auto, cpu, cuda, cuda:1 or mps.") from error
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if not there.get(wanted.type, lambda: False)():
+        raise ConfigError(f"model.device is {name!r}, but this machine has none; give model.device=cpu or auto.")
+    return wanted
+
+
+def splits(recipe: Recipe) -> dict[str, list[Prompt]]:
+    """The prompts to evaluate on, by split: a built-in set's held-out ones, or a file's, or the trained ones."""
+    source = recipe.held_out or recipe.prompts
+    return held_out(source) if source in SETS else {"held_out" if recipe.held_out else "trained": load(source)}
+
+
+def rewards(recipe: Recipe) -> dict[str, Reward]:
+    """The trained reward first, then those that are only reported, by the names the recipe gives them."""
+    return {name: resolve(name) for name in dict.fromkeys((recipe.reward, *recipe.evaluation.rewards))}
+
+
+def folder(recipe: Recipe, name: str) -> Path:
+    """Where the run lives."""
+    return Path(recipe.run.output_dir or f"runs/{name}")
+
+
+def per_picture(call: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's call arguments, as the pipeline gets them; one picture per prompt, for rollouts count prompts.
+
+    Raises:
+        ConfigError: they hold what is not theirs to set.
+    """
+    for key in ("prompt", "generator", "num_images_per_prompt", "return_dict", "latents"):
+        if key in call:
+            raise ConfigError(f"sampling.{key} is set by the run itself; leave it out.")
+    return dict(call)

@@ -1,0 +1,6 @@
+"""Base against tuned model: fixed prompts, fixed noise, scores, and how sure one can be of the difference."""
+
+from tiller.evaluation.held_out import Evaluated, draw_pictures, evaluate
+from tiller.evaluation.paired import Comparison, compare
+
+__all__ = ["Comparison", "Evaluated", "compare", "draw_pictures", "evaluate"]
