@@ -1,4 +1,4 @@
-"""The embedded world: scenes of emoji with exact captions, a model trained on them, and a judge that knows the truth."""
+"""The embedded world: scenes of emoji, exact captions, a model trained on them, and a judge."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def gold_accuracy(
 def alignment(
     images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> list[float | None]:
-    """Mean log-probability (nats, at least `FLOOR` each) of the facts that the prompt states; None if it states none."""
+    """Mean log-probability (nats, each at least `FLOOR`) of the facts that the prompt states; None if none."""
     read = _shipped().facts(images) if images else {}
     scores: list[float | None] = []
     for i, prompt in enumerate(prompts):

@@ -3,84 +3,14 @@
 The 45 animals and the first three activities are those of Black et al. 2023 (DDPO, arXiv 2305.13301).
 """
 
-ANIMALS: tuple[str, ...] = tuple(
-    [
-        "cat",
-        "dog",
-        "horse",
-        "monkey",
-        "rabbit",
-        "zebra",
-        "spider",
-        "bird",
-        "sheep",
-        "deer",
-        "cow",
-        "goat",
-        "lion",
-        "tiger",
-        "bear",
-        "raccoon",
-        "fox",
-        "wolf",
-        "lizard",
-        "beetle",
-        "ant",
-        "butterfly",
-        "fish",
-        "shark",
-        "whale",
-        "dolphin",
-        "squirrel",
-        "mouse",
-        "rat",
-        "snake",
-        "turtle",
-        "frog",
-        "chicken",
-        "duck",
-        "goose",
-        "bee",
-        "pig",
-        "turkey",
-        "fly",
-        "llama",
-        "camel",
-        "bat",
-        "gorilla",
-        "hedgehog",
-        "kangaroo",
-    ]
-)
+_ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
+    beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig
+    turkey fly llama camel bat gorilla hedgehog kangaroo"""
+ANIMALS: tuple[str, ...] = tuple(_ANIMALS.split())
 
-OBJECTS: tuple[str, ...] = tuple(
-    [
-        "apple",
-        "banana",
-        "pizza",
-        "cake",
-        "cup",
-        "car",
-        "bus",
-        "boat",
-        "rocket",
-        "chair",
-        "clock",
-        "umbrella",
-        "guitar",
-        "drum",
-        "trumpet",
-        "book",
-        "ball",
-        "balloon",
-        "camera",
-        "key",
-        "hat",
-        "flower",
-        "tree",
-        "mushroom",
-    ]
-)
+_OBJECTS = """apple banana pizza cake cup car bus boat rocket chair clock umbrella guitar drum trumpet book ball balloon
+    camera key hat flower tree mushroom"""
+OBJECTS: tuple[str, ...] = tuple(_OBJECTS.split())
 
 NOUNS: tuple[str, ...] = ANIMALS + OBJECTS
 

@@ -1,4 +1,4 @@
-"""Trains a small text-to-image model from scratch: autoencoder, text encoder and denoiser, into a plain pipeline folder."""
+"""Trains a small text-to-image model from scratch, into a plain pipeline folder."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def build(
     torch.manual_seed(config.seed + 1)
     channels = config.autoencoder.latent_channels
     model = Denoiser(config.denoiser, channels, side, len(words), words.eos_token_id)
-    return vae, model, words
+    device = phases.device_of(config)
+    return vae.to(device), model.to(device), words
 
 
 def run(config: PretrainConfig) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tiller.types import ConfigError
 
@@ -58,7 +59,8 @@ class PretrainConfig:
     seed: int = 0
     words: int = 4000  # the most frequent words become one token each
     save_every: int = 200  # steps
-    precision: str = "bf16"  # bf16 (autocast) or fp32
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 is autocast: weights stay fp32
+    device: str = "auto"  # cpu, cuda ...; auto is an accelerator where there is one
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -70,5 +72,3 @@ class PretrainConfig:
                 f"size is {self.size}, but these autoencoder and denoiser levels need a multiple of "
                 f"{factor * 2 ** (len(self.denoiser.channels) - 1)}"
             )
-        if self.precision not in ("bf16", "fp32"):
-            raise ConfigError(f"precision is {self.precision!r}; choose bf16 or fp32")

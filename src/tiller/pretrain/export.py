@@ -31,14 +31,11 @@ def pipeline(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer) -> S
 def export(
     vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, folder: Path, half: bool = True
 ) -> None:
-    """Writes the folder beside and renames it into place; weights in fp16 unless `half` is False."""
+    """Writes the folder beside and renames it into place; weights in fp16."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as beside:
         new, old = Path(beside) / "new", Path(beside) / "old"
-        pipe = pipeline(vae, model, tokenizer)
-        if half:
-            pipe = _halved(pipe)
-        pipe.save_pretrained(new, safe_serialization=True)
+        _halved(pipeline(vae, model, tokenizer)).save_pretrained(new, safe_serialization=True)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)

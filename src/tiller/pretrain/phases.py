@@ -1,6 +1,6 @@
 """The three phases of pretraining, each a generator of `Progress` over one resumable `Training`.
 
-Every batch is a function of (seed, phase, step) alone, so a run that was interrupted ends where an uninterrupted one does.
+Every batch is a function of (seed, phase, step) alone, so an interrupted run ends where an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -32,9 +32,16 @@ def torch_stream(config: PretrainConfig, phase: int, step: int) -> torch.Generat
     return torch.Generator().manual_seed(int(numpy_stream(config, phase + 100, step).integers(2**62)))
 
 
+def device_of(config: PretrainConfig) -> torch.device:
+    """The device to train on; "auto" is an accelerator where there is one."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def autocast(config: PretrainConfig) -> torch.autocast:
     """bf16 matrix products, or nothing."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")
+    return torch.autocast(device_of(config).type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def train_autoencoder(
@@ -42,7 +49,7 @@ def train_autoencoder(
 ) -> Iterator[Progress]:
     """Encoder and decoder together; at the end latents are standardised."""
     settings = config.autoencoder
-    training = Training(vae, settings.lr, settings.steps)
+    training, device = Training(vae, settings.lr, settings.steps), device_of(config)
     side = config.size // 2 ** (len(settings.channels) - 1)
 
     def loss(step: int) -> Tensor:
@@ -50,7 +57,7 @@ def train_autoencoder(
         shape = (settings.batch, settings.latent_channels, side, side)
         noise = torch.randn(shape, generator=torch_stream(config, AUTOENCODER, step))
         with autocast(config):
-            return autoencoder.autoencoder_loss(vae, pictures, noise, settings.kl)
+            return autoencoder.autoencoder_loss(vae, pictures.to(device), noise.to(device), settings.kl)
 
     yield from optimise(
         training, loss, "autoencoder", settings.batch, folder / "autoencoder.safetensors", config.save_every
@@ -62,10 +69,10 @@ def train_autoencoder(
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor, config: PretrainConfig) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the posterior, (N, C, h, w) float32 each."""
-    means, stds = [], []
+    means, stds, device = [], [], device_of(config)
     with autocast(config):
         for chunk in pictures.split(64):
-            posterior = vae.encode(chunk).latent_dist
+            posterior = vae.encode(chunk.to(device)).latent_dist
             means.append(posterior.mean.float())
             stds.append(posterior.std.float())
     return torch.cat(means), torch.cat(stds)
@@ -88,8 +95,8 @@ class Pool:
             count = min(256, self.config.denoiser.pool - start)
             pictures, captions = self.source.batch(rng, count)
             mean, std = encode(self.vae, pictures, self.config)
-            means.append(mean.half())
-            stds.append(std.half())
+            means.append(mean.half().cpu())
+            stds.append(std.half().cpu())
             texts += captions
         self.index, self.means, self.stds = index, torch.cat(means), torch.cat(stds)
         self.tokens = denoiser.tokenise(self.tokenizer, texts)
@@ -120,10 +127,10 @@ def train_denoiser(
     """U-Net and text encoder together; at the end the model holds the averaged weights."""
     settings = config.denoiser
     training = Training(model, settings.lr, settings.steps, settings.ema)
-    scheduler = denoiser.schedule()
+    scheduler, device = denoiser.schedule(), device_of(config)
 
     def loss(step: int) -> Tensor:
-        latents, tokens, timesteps, noise = pool.batch(step)
+        latents, tokens, timesteps, noise = (t.to(device) for t in pool.batch(step))
         with autocast(config):
             return denoiser.denoising_loss(model, scheduler, latents, tokens, timesteps, noise)
 
@@ -139,7 +146,7 @@ def train_decoder(
     settings = config.decoder
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    training = Training(vae, settings.lr, settings.steps)
+    training, device = Training(vae, settings.lr, settings.steps), device_of(config)
 
     def loss(step: int) -> Tensor:
         pictures, _ = source.batch(numpy_stream(config, DECODER, step), settings.batch)
@@ -148,9 +155,9 @@ def train_decoder(
         spread = (
             std.square() + (settings.noise * torch.rand(len(mean), 1, 1, 1, generator=generator)) ** 2
         ).sqrt()
-        latents = mean + spread * torch.randn(mean.shape, generator=generator)
+        latents = mean + spread * torch.randn(mean.shape, generator=generator).to(device)
         with autocast(config):
-            return autoencoder.reconstruction_loss(vae.decode(latents).sample, pictures)
+            return autoencoder.reconstruction_loss(vae.decode(latents).sample, pictures.to(device))
 
     yield from optimise(
         training, loss, "decoder", settings.batch, folder / "decoder.safetensors", config.save_every

@@ -89,7 +89,7 @@ class Training:
             if name in self.average:
                 self.average[name].copy_(state[f"average.{name}"])
             if f"exp_avg.{name}" in state:
-                self.optimiser.state[parameter] = {"step": state[f"step.{name}"]} | {
+                self.optimiser.state[parameter] = {"step": state[f"step.{name}"].to(parameter.device)} | {
                     # in the parameter's own memory layout, which the fused optimiser takes for granted
                     k: torch.empty_like(parameter).copy_(state[f"{k}.{name}"])
                     for k in ("exp_avg", "exp_avg_sq")
