@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History
 from tiller.kernels import Kernel
-from tiller.policy import Step
+
+if TYPE_CHECKING:
+    from tiller.policy import Step
 
 
 class Algorithm(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch import Tensor
 from tiller import losses
 from tiller.advantages import History, per_prompt
 from tiller.kernels import Kernel
-from tiller.policy import Step
+
+if TYPE_CHECKING:
+    from tiller.policy import Step
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,11 @@ def device(name: str) -> torch.device:
         wanted = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"config error: model.device is {name!r}; give auto, cpu, cuda, cuda:1 or mps.") from error
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
     if not there.get(wanted.type, lambda: False)():
         raise ConfigError(f"model.device is {name!r}, but this machine has none; give model.device=cpu or auto.")
     return wanted

@@ -152,8 +152,8 @@ def _write_curve(folder: Path, reward: str) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     known = [line for line in lines if "reward/mean" in line]
     if known:
-        columns = ([line[key] for line in known] for key in ("reward_calls", "reward/mean", "reward/std"))
-        curve(*columns, reward, folder / "reward.png")
+        calls, means, stds = ([line[key] for line in known] for key in ("reward_calls", "reward/mean", "reward/std"))
+        curve(calls, means, stds, reward, folder / "reward.png")
 
 
 def _line(report: Report, recipe: Recipe, started: float, first: int) -> str:

@@ -52,7 +52,7 @@ def draw_pictures(
     sampling: Mapping[str, Any],
     world: World | None = None,
 ) -> list[Any]:
-    """`samples_per_prompt` pictures of each prompt, those of one prompt side by side, by the pipeline's own scheduler."""
+    """`samples_per_prompt` pictures of each prompt, side by side, drawn by the pipeline's own scheduler."""
     world = world or World()
     asked = [(prompt.text, sample) for prompt in prompts for sample in range(samples_per_prompt)]
     batches = [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
