@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 
 from tiller import config
@@ -22,58 +23,55 @@ from tiller.rewards import resolve
 from tiller.run import Interrupts, Run
 from tiller.state import TrainState
 from tiller.train import Report, train
-from tiller.types import Prompt, RunError
+from tiller.types import Prompt
 
 
 def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     """Train as the recipe says, or go on where the run folder left off; returns the exit code."""
     prompts, reward, algorithm = load(recipe.prompts), resolve(recipe.reward), building.algorithm(recipe)
     splits, rewards, sampling = building.splits(recipe), building.rewards(recipe), building.per_picture(recipe.sampling)
-    world, folder, console = World(), building.folder(recipe, name), Console(highlight=False)
-    if resume and not (folder / "checkpoints").exists():
-        raise RunError(f"{folder} holds no run to resume; leave out --resume to start one.")
-    policy = building.policy(recipe.model, recipe.train.seed)
-    record = Run.open(folder, config.to_mapping(recipe), keep_last=recipe.run.keep_last)
-    say = console.print if world.is_main else (lambda *_: None)
-    with record, Interrupts() as interrupts:
+    world, folder = World(), building.folder(recipe, name)
+    say = Console(highlight=False, soft_wrap=True).print if world.is_main else (lambda *_: None)
+    resolved = config.to_mapping(recipe, complete=True)
+    with Run.open(folder, resolved, keep_last=recipe.run.keep_last, resume=resume, world=world, tell=say) as record:
+        policy = building.policy(recipe.model, recipe.train.seed)
+        record.check_model(policy)
         state = TrainState(policy, recipe.train)
-        resumed = record.restore(state)
-        say(
-            f"{recipe.model.name} → {recipe.reward}, run in {folder}"
-            + (f", from epoch {state.epoch}" if resumed else "")
-        )
-        shown = Shown(policy, recipe, prompts, folder, world)
-        base = _base_scores(policy, recipe, splits, rewards, folder, world)
-        shown.pictures(state)
-        started, first = time.monotonic(), state.epoch
-        for report in train(
-            policy, prompts, reward, algorithm, recipe.train, sampling=sampling, state=state, world=world
-        ):
-            record.log(report)
-            say(_line(report, recipe, started, first))
-            if report.epoch % recipe.run.checkpoint_every == 0 or report.epoch == recipe.train.epochs:
-                record.save(state)
-                shown.pictures(state)
-            if interrupts.requested:
-                record.save(state)
-                say(f"stopped after epoch {report.epoch}; the same command goes on from there.")
-                return interrupts.exit_code
-        with state.averaged():
-            policy.save(folder / "model") if world.is_main else None
-            tuned = evaluate_policy(policy, recipe, splits, rewards, world)
-        if world.is_main:
-            _write_curve(folder, recipe.reward)
-            _conclude(folder, Outcome(base, tuned, recipe.reward), console)
+        record.restore(state)
+        say(f"{recipe.model.name} towards {recipe.reward}, in {folder}, from epoch {state.epoch}")
+        with Interrupts(record.save_last) as interrupts:
+            shown = Shown(policy, recipe, prompts, record, world)
+            base = _base_scores(policy, recipe, splits, rewards, folder, world)
+            shown.pictures(state)
+            pace = Pace(state.epoch, recipe.train.epochs)
+            reports = train(
+                policy, prompts, reward, algorithm, recipe.train, sampling=sampling, state=state, world=world
+            )
+            for report in interrupts.over(reports):
+                record.log(report)
+                say(_line(report, pace))
+                if report.epoch % recipe.run.checkpoint_every == 0 or report.epoch == recipe.train.epochs:
+                    record.save(state)
+                    shown.pictures(state)
+            with state.averaged():
+                tuned = evaluate_policy(policy, recipe, splits, rewards, world)
+                if world.is_main:
+                    policy.save(folder / "model")
+            if world.is_main:
+                _conclude(folder, Outcome(base, tuned, recipe.reward), say)
+            record.finish()
     return 0
 
 
 class Shown:
     """The pictures a run shows: the same prompts and the same noise from step 0 on."""
 
-    def __init__(self, policy: Policy, recipe: Recipe, prompts: list[Prompt], folder: Path, world: World):
+    PER_PROMPT = 2
+
+    def __init__(self, policy: Policy, recipe: Recipe, prompts: list[Prompt], record: Run, world: World):
         count = min(recipe.run.sample_prompts, len(prompts))
         self.prompts = [prompts[index * len(prompts) // count] for index in range(count)]
-        self.policy, self.recipe, self.folder, self.world = policy, recipe, folder, world
+        self.policy, self.recipe, self.record, self.world = policy, recipe, record, world
 
     def pictures(self, state: TrainState) -> None:
         """Draw them, and lay them out beside the ones from before training."""
@@ -83,27 +81,27 @@ class Shown:
             drawn = draw_pictures(
                 self.policy,
                 self.prompts,
-                2,
+                self.PER_PROMPT,
                 self.recipe.train.seed,
                 self.recipe.train.batch_size,
                 building.per_picture(self.recipe.sampling) | self.recipe.evaluation.sampling,
                 self.world,
             )
-        if not self.world.is_main:
-            return
-        texts = [prompt.text for prompt in self.prompts]
-        rows = [(text, drawn[2 * row : 2 * row + 2]) for row, text in enumerate(texts)]
-        sheet(rows, self.folder / "images" / f"epoch-{state.epoch:06d}.png")
-        folder = self.folder / "images" / "first"
-        if state.epoch == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for number, picture in enumerate(drawn):
-                picture.save(folder / f"{number:03d}.png")
-            return
-        from PIL import Image
+        if self.world.is_main:
+            self._write(drawn, state.epoch)
 
-        before = [Image.open(folder / f"{number:03d}.png") for number in range(len(drawn))]
-        before_after([text for text in texts for _ in range(2)], before, drawn, self.folder / "before_after.png", 2)
+    def _write(self, drawn: list[Image.Image], epoch: int) -> None:
+        folder, first = self.record.images_dir, self.record.images_dir / "first"
+        texts = [prompt.text for prompt in self.prompts for _ in range(self.PER_PROMPT)]
+        rows = range(0, len(drawn), self.PER_PROMPT)
+        sheet([(texts[row], drawn[row : row + self.PER_PROMPT]) for row in rows], folder / f"epoch-{epoch:06d}.png")
+        if epoch == 0:
+            first.mkdir(exist_ok=True)
+            for number, picture in enumerate(drawn):
+                picture.save(first / f"{number:03d}.png")
+        else:
+            before = [Image.open(first / f"{number:03d}.png") for number in range(len(drawn))]
+            before_after(texts, before, drawn, folder.parent / "before_after.png", self.PER_PROMPT)
 
 
 def _base_scores(
@@ -141,11 +139,12 @@ def write_scores(file: Path, scores: Mapping[str, Evaluated]) -> None:
     file.write_text(json.dumps({split: result.to_data() for split, result in scores.items()}))
 
 
-def _conclude(folder: Path, outcome: Outcome, console: Console) -> None:
+def _conclude(folder: Path, outcome: Outcome, say: Callable[..., None]) -> None:
     write_scores(folder / "evaluation" / "tuned.json", outcome.tuned)
     (folder / "evaluation" / "comparison.json").write_text(json.dumps(outcome.to_data(), indent=1))
-    console.print(outcome_table(outcome))
-    console.print(f"pictures: {folder / 'before_after.png'}, curve: {folder / 'reward.png'}, model: {folder / 'model'}")
+    _write_curve(folder, outcome.reward)
+    say(outcome_table(outcome))
+    say(f"pictures: {folder / 'before_after.png'}, curve: {folder / 'reward.png'}, model: {folder / 'model'}")
 
 
 def _write_curve(folder: Path, reward: str) -> None:
@@ -156,14 +155,25 @@ def _write_curve(folder: Path, reward: str) -> None:
         curve(calls, means, stds, reward, folder / "reward.png")
 
 
-def _line(report: Report, recipe: Recipe, started: float, first: int) -> str:
+class Pace:
+    """How long an epoch takes, and how long the rest will."""
+
+    def __init__(self, first: int, last: int):
+        self.first, self.last, self.started = first, last, time.monotonic()
+
+    def at(self, epoch: int) -> tuple[float, float]:
+        """Seconds per epoch so far, and minutes left."""
+        per_epoch = (time.monotonic() - self.started) / max(1, epoch - self.first)
+        return per_epoch, per_epoch * (self.last - epoch) / 60
+
+
+def _line(report: Report, pace: Pace) -> str:
     """An epoch on one line: how far, the reward, the time left."""
     numbers = report.metrics
-    per_epoch = (time.monotonic() - started) / (report.epoch - first)
-    left = per_epoch * (recipe.train.epochs - report.epoch)
+    per_epoch, left = pace.at(report.epoch)
     missing = f"  missing {numbers['reward/missing']:.0f}" if numbers["reward/missing"] else ""
     reward = f"{numbers['reward/mean']:.4f} ± {numbers['reward/std']:.4f}" if "reward/mean" in numbers else "missing"
     return (
-        f"epoch {report.epoch:>4}/{recipe.train.epochs}  reward {reward}{missing}  "
-        f"grad {numbers.get('optim/grad_norm', float('nan')):.3f}  {per_epoch:.1f} s/epoch, {left / 60:.1f} min left"
+        f"epoch {report.epoch:>4}/{pace.last}  reward {reward}{missing}  "
+        f"grad {numbers.get('optim/grad_norm', float('nan')):.3f}  {per_epoch:.1f} s/epoch, {left:.1f} min left"
     )
