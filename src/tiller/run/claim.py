@@ -14,7 +14,7 @@ from tiller.types import RunError
 FORMAT = 1  # of the run folder
 CONFIG, IDENTITY, ENVIRONMENT, FINISHED = "config.yaml", "identity.json", "environment.json", "finished.json"
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
-OWN = {CONFIG, IDENTITY, ENVIRONMENT, METRICS, TIMINGS, "images", "checkpoints"}
+BEGINNING = {CONFIG, IDENTITY, ENVIRONMENT}  # what a run writes before there is anything to lose
 SETTING = {"model": "model.name", "prompts": "prompts", "reward": "reward"}
 
 
@@ -24,11 +24,11 @@ def claim(folder: Path, recipe: Mapping[str, Any], saved: bool, resume: bool) ->
     Raises:
         RunError: it holds something else, another or a finished run, or (with `resume`) no checkpoint.
     """
-    metrics = folder / METRICS
-    if saved or (metrics.exists() and metrics.stat().st_size > 0):
-        _check_same(folder, recipe)
+    contents = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if contents <= BEGINNING:
+        _clear(folder)
     else:
-        _check_blank(folder)
+        _check_same(folder, recipe, sorted(contents - BEGINNING)[0])
     if resume and not saved:
         raise RunError(f"{folder} holds no checkpoint to resume from; leave out --resume to begin.")
     with writing(folder):
@@ -49,10 +49,10 @@ def finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     return path.exists() and read_json(path)["epochs"] >= epochs(recipe)
 
 
-def _check_same(folder: Path, recipe: Mapping[str, Any]) -> None:
+def _check_same(folder: Path, recipe: Mapping[str, Any], content: str) -> None:
     path = folder / CONFIG
     if not path.exists():
-        raise RunError(f"{folder} has lost its {CONFIG}; choose another run.output_dir.")
+        raise RunError(f"{folder} holds {content} but no run ({CONFIG} is missing); choose another run.output_dir.")
     odd = identity.difference(yaml_text.read(path), recipe)
     if odd:
         key, there, here = odd
@@ -67,12 +67,10 @@ def _check_same(folder: Path, recipe: Mapping[str, Any]) -> None:
         )
 
 
-def _check_blank(folder: Path) -> None:
-    foreign = sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.name not in OWN)
-    if foreign:
-        raise RunError(f"{folder} holds {foreign[0]} and no run; choose another run.output_dir.")
+def _clear(folder: Path) -> None:
+    """Forget a run that ended before it began: its recipe may be another one now."""
     with writing(folder):
-        for name in (IDENTITY, ENVIRONMENT):  # of a run that ended before it began
+        for name in BEGINNING:
             (folder / name).unlink(missing_ok=True)
 
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL.Image import Image
@@ -190,8 +192,14 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Close; after an error, what it broke off is saved as of the last epoch first."""
+        try:
+            if error is not None:
+                with suppress(RunError):  # the first error is the one to tell
+                    self.save_last()
+        finally:
+            self.close()
 
     @property
     def _writes(self) -> bool:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -29,37 +29,29 @@ class Interrupts:
             for report in interrupts.over(train(...)):
                 run.log(report)
 
-    A signal breaks an epoch off wherever it is: drawing, waiting for a reward, or updating. Between the epochs, in
-    the body of the loop, it waits until the body is done, so nothing that the body writes is torn.
-    Either way `on_interrupt` is called, and `Interrupted` is raised. A second signal ends the process at once.
+    A signal breaks off whatever is under way: drawing, waiting for a reward, updating, evaluating. Only in the body of
+    the loop over `over` does it wait until the body is done, so that nothing the body writes is torn. Then
+    `on_interrupt` is called, and `Interrupted` is raised. A second signal ends the process at once.
     (Launchers of several processes pass on a Ctrl-C that the processes got already; that echo does not count.)
     """
 
     def __init__(self, on_interrupt: Callable[[], Any] = lambda: None):
         self.requested: int | None = None  # the number of the signal that came
         self._on_interrupt = on_interrupt
-        self._inside = False  # an epoch is under way
+        self._wait = False  # the loop's body is at work
         self._before: dict[int, Any] = {}
         self._since = 0.0
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
         """The same items, one after the other, unless a signal comes."""
-        iterator = iter(items)
         try:
-            while True:
-                try:
-                    self._inside = True
-                    self.check()
-                    item = next(iterator)
-                except StopIteration:
-                    break
-                finally:
-                    self._inside = False
+            for item in items:
+                self._wait = True
                 yield item
-            self.check()
-        except Interrupted:
-            self._on_interrupt()
-            raise
+                self._wait = False
+                self.check()
+        finally:
+            self._wait = False
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come."""
@@ -71,9 +63,13 @@ class Interrupts:
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.requested is not None:
+            self._on_interrupt()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is None:
+            self.check()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
@@ -82,6 +78,5 @@ class Interrupts:
             return
         self.requested, self._since = number, time.monotonic()
         os.write(2, b"saving and leaving; the same again leaves at once\n")  # print may not be entered twice
-        if self._inside:
-            self._inside = False
+        if not self._wait:
             raise Interrupted(number)
