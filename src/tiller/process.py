@@ -124,11 +124,14 @@ def _by_alpha(scheduler: Any, config: Any, timestep: int) -> Stage | None:
     if getattr(scheduler, "_step_index", None) is not None:  # LCM and TCD go from one chosen timestep to the next
         following = scheduler.timesteps[scheduler._step_index :]
         previous = int(following[0]) if len(following) else -1
+    elif hasattr(scheduler, "previous_timestep"):  # DDPM goes through its list of timesteps, whatever their spacing
+        previous = int(scheduler.previous_timestep(timestep))
     else:
         previous = timestep - config.num_train_timesteps // scheduler.num_inference_steps
     final = getattr(scheduler, "final_alpha_cumprod", getattr(scheduler, "one", torch.tensor(1.0)))
     then = table[previous] if previous >= 0 else final
-    clip = config.clip_sample_range if config.get("clip_sample") else None
+    clips = config.get("clip_sample") and not type(scheduler).__name__.startswith("CogVideoX")  # has it, ignores it
+    clip = config.clip_sample_range if clips else None
     return Stage(
         variance_preserving(float(table[timestep])), variance_preserving(float(then)), config.prediction_type, clip=clip
     )
