@@ -1,4 +1,4 @@
-"""Transition kernels: from what the model predicts to the Gaussian p(x_{t-1} | x_t) that the next latents are drawn from.
+"""Transition kernels: from what the model predicts to the Gaussian p(x_{t-1} | x_t) of the next latents.
 
 Everything is written in one notation for every noise process: at a grid point the latents are
 
@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from tiller.types import ConfigError
 
 
 class Point(NamedTuple):
@@ -49,6 +51,12 @@ class Kernel(Protocol):
     def transition(self, x: Tensor, x0: Tensor, eps: Tensor, now: Point, then: Point) -> Gaussian: ...
 
 
+def _within(name: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:
+        bound = "0 or more" if math.isinf(most) else f"between 0 and {most}"
+        raise ConfigError(f"{name} is {value}; it must be {bound}.")
+
+
 def posterior_variance(now: Point, then: Point) -> float:
     """Variance of q(x_{t-1} | x_t, x0) for x = αx0 + σε (Kingma et al. 2021, VDM, eq. 25; Ho et al. 2020, eq. 7)."""
     return then.sigma**2 * max(0.0, 1 - (now.alpha * then.sigma / (then.alpha * now.sigma)) ** 2)
@@ -59,6 +67,9 @@ class DDIM:
     """DDIM with noise η (Song et al. 2021, DDIM, eq. 12 and 16); η = 1 is DDPM's ancestral sampling, η = 0 the ODE."""
 
     eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        _within("DDIM's eta", self.eta, 1)
 
     @property
     def deterministic(self) -> bool:
@@ -75,6 +86,10 @@ class DDPM:
     """Ancestral sampling (Ho et al. 2020, eq. 7): the posterior mean, and its variance or the forward one."""
 
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("fixed_small", "fixed_large"):
+            raise ConfigError(f"DDPM's variance is {self.variance!r}; it must be fixed_small or fixed_large.")
 
     @property
     def deterministic(self) -> bool:
@@ -110,6 +125,9 @@ class FlowSDE:
 
     noise_level: float = 0.7
 
+    def __post_init__(self) -> None:
+        _within("FlowSDE's noise_level", self.noise_level, math.inf)
+
     @property
     def deterministic(self) -> bool:
         return self.noise_level == 0
@@ -128,6 +146,9 @@ class DanceSDE:
 
     eta: float = 0.3
 
+    def __post_init__(self) -> None:
+        _within("DanceSDE's eta", self.eta, math.inf)
+
     @property
     def deterministic(self) -> bool:
         return self.eta == 0
@@ -141,6 +162,9 @@ class CPS:
     """Coefficients-preserving sampling (Wang & Yu 2025, Flow-CPS): the noise left after a step is exactly σ'."""
 
     noise_level: float = 0.7
+
+    def __post_init__(self) -> None:
+        _within("CPS's noise_level", self.noise_level, 1)
 
     @property
     def deterministic(self) -> bool:
