@@ -1,6 +1,7 @@
-"""Advantages: how much better a picture scored than was to be expected. NaN scores are missing, and stay NaN.
+"""Advantages: how much better a picture scored than was to be expected.
 
-Everything here takes and returns float64 numpy arrays of shape (N,): an epoch's samples, over all processes.
+A score that is not finite is missing: its advantage is NaN, and it takes part in nobody else's. Everything here takes
+and returns float64 numpy arrays of shape (N,): an epoch's samples, over all processes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ History = MutableMapping[str, list[float]]
 
 def global_(values: np.ndarray) -> np.ndarray:
     """(r - mean) / std over all samples (Black et al. 2023, section 4.3, without per-prompt statistics)."""
+    values = _finite(values)
     return (values - _mean(values)) / (_std(values) + 1e-8)
 
 
@@ -24,6 +26,7 @@ def group(values: np.ndarray, groups: Sequence[int], scale: str = "group", unbia
     `scale` is "group" (the group's own std, as DanceGRPO), "batch" (the std of all samples + 1e-4, as Flow-GRPO) or
     "none". A group without spread, or with fewer than two scores, teaches nothing: its advantages are 0.
     """
+    values = _finite(values)
     advantages = np.full(len(values), np.nan)
     for members in _members(groups):
         rewards = values[members]
@@ -47,6 +50,7 @@ def per_prompt(
 
     Until a prompt has `min_count` rewards, the statistics of all samples stand in. `history` is brought up to date.
     """
+    values = _finite(values)
     for prompt, value in zip(prompts, values, strict=True):
         if np.isfinite(value):
             history[prompt] = [*history.get(prompt, []), float(value)][-buffer_size:]
@@ -70,9 +74,15 @@ def _members(groups: Sequence[int]) -> list[np.ndarray]:
     return [np.flatnonzero(labels == label) for label in dict.fromkeys(labels.tolist())]
 
 
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
 def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _std(values: np.ndarray) -> float:
-    return float(np.nanstd(values)) if np.isfinite(values).any() else float("nan")
+    known = values[np.isfinite(values)]
+    return float(known.std()) if len(known) else float("nan")
