@@ -67,7 +67,7 @@ def train(
         prompts: what to draw from; each epoch draws `samples_per_epoch / group_size` of them.
         reward: `(images, prompts, metadata) -> scores`, one per image; None or NaN means missing.
         sampling: the pipeline's own call arguments (num_inference_steps, guidance_scale ...).
-        state: to go on with; by default a new one, after a preflight that refuses what cannot work.
+        state: to go on with; by default a new one, after a preflight (`tiller.preflight`) that refuses what cannot work.
         world: the processes to share the work with; by default those of the launcher, or this one alone.
 
     Raises:
@@ -182,7 +182,7 @@ def _accumulate(
             numbers["policy/loss"] = losses.mean()
             if step.old_log_prob is not None:
                 numbers["policy/log_ratio_max"] = (step.log_prob - step.old_log_prob).abs().max()
-        log.add({name: float(number) for name, number in numbers.items()})
+        log.add({name: float(number.detach()) for name, number in numbers.items()})
 
     policy.replay(rollout, on_step, steps)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from tiller import config
 from tiller.algorithms.base import Algorithm
@@ -28,6 +30,8 @@ def algorithm(recipe: Recipe) -> Algorithm:
 
 def policy(model: Model, seed: int) -> Policy:
     """The pipeline, loaded and put on its device, with fresh adapters."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     loaded = Policy.from_pretrained(
         model.name,
         lora_rank=model.lora_rank,

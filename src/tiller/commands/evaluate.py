@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tiller import config
 from tiller.commands import building
-from tiller.commands.outcome import Outcome, outcome_table
+from tiller.commands.outcome import Outcome, outcome_tables
 from tiller.commands.sample import open_run
 from tiller.commands.train import evaluate_policy, write_scores
 from tiller.recipe import Evaluation
@@ -33,5 +33,7 @@ def run(folder: Path, overrides: list[str]) -> int:
     write_scores(again / "base.json", before)
     write_scores(again / "tuned.json", after)
     (again / "comparison.json").write_text(json.dumps(outcome.to_data(), indent=1))
-    Console(highlight=False).print(outcome_table(outcome))
+    console = Console(highlight=False)
+    for table in outcome_tables(outcome):
+        console.print(table)
     return 0

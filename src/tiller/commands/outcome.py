@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,19 +42,24 @@ def compare_or_none(base: Any, tuned: Any, prompts: Any) -> Comparison | None:
         return None
 
 
-def outcome_table(outcome: Outcome) -> Table:
-    """One line per split and reward, the trained reward first."""
-    table = Table(title="base → tuned, same prompts, same noise, neither trained on", title_justify="left")
-    for heading in ("prompts", "reward", "base", "tuned", "difference (95 % interval)", "wins", "pictures"):
-        table.add_column(heading, justify="left" if heading in ("prompts", "reward") else "right")
-    rows = sorted(outcome.comparisons(), key=lambda row: row[1] != outcome.reward)
-    for split, name, found in rows:
+def outcome_tables(outcome: Outcome) -> Iterator[Table]:
+    """One table per reward, the trained one first, with a line per split."""
+    rows = list(outcome.comparisons())
+    for reward in dict.fromkeys([outcome.reward, *(name for _, name, _ in rows)]):
+        yield _table(reward, [(split, found) for split, name, found in rows if name == reward])
+
+
+def _table(reward: str, rows: Sequence[tuple[str, Comparison]]) -> Table:
+    table = Table(title=f"{reward}, base → tuned: same prompts, same noise", title_justify="left", title_style="bold")
+    table.add_column("prompts", no_wrap=True)
+    for heading in ("base", "tuned", "difference (95 % interval)", "wins", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for split, found in rows:
         table.add_row(
             split.replace("_", " "),
-            name,
-            f"{found.base:.4f}",
-            f"{found.tuned:.4f}",
-            f"{found.difference:+.4f} ({found.low:+.4f} … {found.high:+.4f})",
+            f"{found.base:.3f}",
+            f"{found.tuned:.3f}",
+            f"{found.difference:+.3f} ({found.low:+.3f}, {found.high:+.3f})",
             f"{found.win_rate:.0%}",
             str(found.count),
         )

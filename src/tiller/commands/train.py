@@ -12,10 +12,11 @@ from rich.console import Console
 
 from tiller import config
 from tiller.commands import building
-from tiller.commands.outcome import Outcome, outcome_table
+from tiller.commands.outcome import Outcome, outcome_tables
 from tiller.distributed import World
 from tiller.evaluation import Evaluated, draw_pictures, evaluate
 from tiller.policy import Policy
+from tiller.preflight import preflight
 from tiller.prompts import load
 from tiller.recipe import Recipe
 from tiller.report import before_after, curve, sheet
@@ -38,6 +39,8 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
         record.check_model(policy)
         state = TrainState(policy, recipe.train)
         record.restore(state)
+        if not state.epoch:
+            preflight(policy, prompts, reward, algorithm, sampling, recipe.train.seed)
         say(f"{recipe.model.name} towards {recipe.reward}, in {folder}, from epoch {state.epoch}")
         with Interrupts(record.save_last) as interrupts:
             shown = Shown(policy, recipe, prompts, record, world)
@@ -143,7 +146,8 @@ def _conclude(folder: Path, outcome: Outcome, say: Callable[..., None]) -> None:
     write_scores(folder / "evaluation" / "tuned.json", outcome.tuned)
     (folder / "evaluation" / "comparison.json").write_text(json.dumps(outcome.to_data(), indent=1))
     _write_curve(folder, outcome.reward)
-    say(outcome_table(outcome))
+    for table in outcome_tables(outcome):
+        say(table)
     say(f"pictures: {folder / 'before_after.png'}, curve: {folder / 'reward.png'}, model: {folder / 'model'}")
 
 
