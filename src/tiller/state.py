@@ -101,15 +101,16 @@ class TrainState:
             setattr(self, key, data[key])
         self._put({name: tensors[f"weights.{name}"] for name in self.parameters})
         for name, parameter in self.parameters.items():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors]
+            found = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{key}.{name}"].clone().to("cpu" if key == "step" else parameter.device)
-                for key in keys
+                key: value.clone() if key == "step" else _like(parameter, value)
+                for key, value in found.items()
+                if value is not None
             }
-            if not keys:
+            if not self.optimizer.state[parameter]:
                 del self.optimizer.state[parameter]
         if self.ema is not None:
-            self.ema = {name: tensors[f"ema.{name}"].clone().to(self.parameters[name].device) for name in self.ema}
+            self.ema = {name: _like(self.parameters[name], tensors[f"ema.{name}"]) for name in self.ema}
 
     def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
         wanted = {f"weights.{name}": tuple(p.shape) for name, p in self.parameters.items()}
@@ -132,3 +133,8 @@ class TrainState:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """The same numbers where the parameter lies and in its memory layout, so that sums come out the same."""
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
