@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
-from rich.console import Console
 
 from tiller import config
 from tiller.commands import building
@@ -20,9 +20,11 @@ from tiller.preflight import preflight
 from tiller.prompts import load
 from tiller.recipe import Recipe
 from tiller.report import before_after, curve, sheet
+from tiller.report.terminal import Terminal
 from tiller.rewards import resolve
 from tiller.run import Interrupts, Run
 from tiller.state import TrainState
+from tiller.trackers import Tracker, tracker
 from tiller.train import Report, train
 from tiller.types import Prompt
 
@@ -32,16 +34,18 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     prompts, reward, algorithm = load(recipe.prompts), resolve(recipe.reward), building.algorithm(recipe)
     splits, rewards, sampling = building.splits(recipe), building.rewards(recipe), building.per_picture(recipe.sampling)
     world, folder = World(), building.folder(recipe, name)
-    say = Console(highlight=False, soft_wrap=True).print if world.is_main else (lambda *_: None)
+    terminal = Terminal(recipe.train.epochs, silent=not world.is_main)
     resolved = config.to_mapping(recipe, complete=True)
-    with Run.open(folder, resolved, keep_last=recipe.run.keep_last, resume=resume, world=world, tell=say) as record:
+    keep = recipe.run.keep_last
+    with Run.open(folder, resolved, keep_last=keep, resume=resume, world=world, tell=terminal.say) as record, terminal:
         policy = building.policy(recipe.model, recipe.train.seed)
         record.check_model(policy)
+        record.trackers = _trackers(recipe, folder, resolved) if world.is_main else []
         state = TrainState(policy, recipe.train)
         record.restore(state)
         if not state.epoch:
             preflight(policy, prompts, reward, algorithm, sampling, recipe.train.seed)
-        say(f"{recipe.model.name} towards {recipe.reward}, in {folder}, from epoch {state.epoch}")
+        terminal.say(f"{recipe.model.name} towards {recipe.reward}, in {folder}, from epoch {state.epoch}")
         with Interrupts(record.save_last) as interrupts:
             shown = Shown(policy, recipe, prompts, record, world)
             base = _base_scores(policy, recipe, splits, rewards, folder, world)
@@ -52,7 +56,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
             )
             for report in interrupts.over(reports):
                 record.log(report)
-                say(_line(report, pace))
+                terminal.epoch(report.epoch, _line(report, pace))
                 if report.epoch % recipe.run.checkpoint_every == 0 or report.epoch == recipe.train.epochs:
                     record.save(state)
                     shown.pictures(state)
@@ -61,9 +65,13 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
                 if world.is_main:
                     policy.save(folder / "model")
             if world.is_main:
-                _conclude(folder, Outcome(base, tuned, recipe.reward), say)
+                _conclude(folder, Outcome(base, tuned, recipe.reward), terminal)
             record.finish()
     return 0
+
+
+def _trackers(recipe: Recipe, folder: Path, resolved: Mapping[str, Any]) -> list[Tracker]:
+    return [tracker(name, folder.name, resolved, folder) for name in recipe.run.report_to]
 
 
 class Shown:
@@ -142,13 +150,13 @@ def write_scores(file: Path, scores: Mapping[str, Evaluated]) -> None:
     file.write_text(json.dumps({split: result.to_data() for split, result in scores.items()}))
 
 
-def _conclude(folder: Path, outcome: Outcome, say: Callable[..., None]) -> None:
+def _conclude(folder: Path, outcome: Outcome, terminal: Terminal) -> None:
     write_scores(folder / "evaluation" / "tuned.json", outcome.tuned)
     (folder / "evaluation" / "comparison.json").write_text(json.dumps(outcome.to_data(), indent=1))
     _write_curve(folder, outcome.reward)
     for table in outcome_tables(outcome):
-        say(table)
-    say(f"pictures: {folder / 'before_after.png'}, curve: {folder / 'reward.png'}, model: {folder / 'model'}")
+        terminal.say(table)
+    terminal.say(f"pictures: {folder / 'before_after.png'}, curve: {folder / 'reward.png'}, model: {folder / 'model'}")
 
 
 def _write_curve(folder: Path, reward: str) -> None:
