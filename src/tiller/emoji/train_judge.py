@@ -1,6 +1,6 @@
 """Trains the gold judge on freshly drawn scenes, clean, noisy, blurred and passed through an autoencoder.
 
-python -m tiller.emoji.train_judge OUTPUT.safetensors [--steps 3000] [--pipeline FOLDER]
+python -m tiller.emoji.train_judge OUTPUT.safetensors [--steps 1600] [--pipeline FOLDER]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -54,13 +54,13 @@ def spoil(pictures: Tensor, rng: np.random.Generator, vae: AutoencoderKL | None)
 def train(
     judge: Judge,
     steps: int,
-    batch: int = 64,
+    batch: int = 32,
     lr: float = 2e-3,
     seed: int = 0,
     vae: AutoencoderKL | None = None,
 ) -> Iterator[tuple[int, float]]:
     """AdamW, one-cycle learning rate, bf16; yields (step, loss)."""
-    judge.train().to(memory_format=torch.channels_last)
+    judge.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch knows it, its stubs do not
     optimiser = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02, fused=True)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
@@ -99,7 +99,7 @@ def main() -> None:
     """Trains, measures, writes fp16 safetensors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument(
         "--pipeline", type=Path, help="a pipeline folder whose autoencoder blurs some pictures"
     )

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import nn
 from transformers import CLIPTokenizer
 
 from tiller.pretrain import autoencoder, data, phases, tokenizer
@@ -52,8 +53,10 @@ def build(
     torch.manual_seed(config.seed + 1)
     channels = config.autoencoder.latent_channels
     model = Denoiser(config.denoiser, channels, side, len(words), words.eos_token_id)
-    device = phases.device_of(config)
-    return vae.to(device), model.to(device), words
+    parts: list[nn.Module] = [vae, model]
+    for part in parts:
+        part.to(phases.device_of(config))
+    return vae, model, words
 
 
 def run(config: PretrainConfig) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from tiller.pretrain.config import AutoencoderConfig
@@ -53,9 +53,11 @@ def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
     mean = latents.float().mean((0, 2, 3))  # (C,)
     std = latents.float().std((0, 2, 3))
     channels = len(mean)
-    inner, outer = vae.quant_conv, vae.post_quant_conv
-    inner.weight[:channels] /= std[:, None, None, None]
-    inner.bias[:channels] = (inner.bias[:channels] - mean) / std
-    inner.bias[channels:] -= 2 * std.log()
-    outer.bias += (outer.weight[:, :, 0, 0] * mean).sum(1)
-    outer.weight *= std[None, :, None, None]
+    weights: dict[str, Tensor] = dict(vae.named_parameters())
+    weights["quant_conv.weight"][:channels] /= std[:, None, None, None]
+    bias = weights["quant_conv.bias"]  # (2 C,): of the means, then of the log-variances
+    bias[:channels] = (bias[:channels] - mean) / std
+    bias[channels:] -= 2 * std.log()
+    outer = weights["post_quant_conv.weight"]  # (C, C, 1, 1)
+    weights["post_quant_conv.bias"] += (outer[:, :, 0, 0] * mean).sum(1)
+    outer *= std[None, :, None, None]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -84,7 +86,8 @@ def denoising_loss(
     noise: Tensor,
 ) -> Tensor:
     """Mean square error of v = alpha_t * noise - sigma_t * x0 at x_t = alpha_t * x0 + sigma_t * noise; ()."""
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    target = scheduler.get_velocity(latents, noise, timesteps)
+    when = cast(torch.IntTensor, timesteps)
+    noisy = scheduler.add_noise(latents, noise, when)
+    target = scheduler.get_velocity(latents, noise, when)
     output = model(noisy.contiguous(memory_format=torch.channels_last), timesteps, tokens)
     return (output.float() - target).square().mean()

@@ -5,27 +5,28 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from torch import nn
 from transformers import CLIPTokenizer
 
 from tiller.pretrain.denoiser import Denoiser, schedule
 
 
-def pipeline(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
-    """The parts as one pipeline, sharing their weights."""
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=model.text,
-        tokenizer=tokenizer,
-        unet=model.unet,
-        scheduler=schedule(),
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-    )
+def pipeline(
+    vae: AutoencoderKL, text: nn.Module, unet: nn.Module, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """The parts as one pipeline."""
+    parts: dict[str, Any] = {"vae": vae, "text_encoder": text, "unet": unet, "tokenizer": tokenizer}
+    parts |= {
+        "scheduler": schedule(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 def export(
@@ -35,21 +36,19 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as beside:
         new, old = Path(beside) / "new", Path(beside) / "old"
-        _halved(pipeline(vae, model, tokenizer)).save_pretrained(new, safe_serialization=True)
+        pipe = pipeline(halved(vae), halved(model.text), halved(model.unet), tokenizer)
+        pipe.save_pretrained(new, safe_serialization=True)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _halved(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """A copy of the pipeline with fp16 weights."""
-    parts = {}
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module):
-            half = type(part)(part.config) if name == "text_encoder" else type(part).from_config(part.config)
-            half.load_state_dict(part.state_dict())
-            parts[name] = half.half()
-        else:
-            parts[name] = part
-    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+def halved(part: Any) -> Any:
+    """A copy of a diffusers or transformers model with fp16 weights."""
+    make = getattr(
+        type(part), "from_config", type(part)
+    )  # transformers' models take the configuration itself
+    copy = make(part.config)
+    copy.load_state_dict(part.state_dict())
+    return copy.half()

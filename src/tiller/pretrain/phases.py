@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -145,7 +145,7 @@ def train_decoder(
     """The decoder alone, on slightly noisy latents: it learns to draw what a denoiser only nearly says."""
     settings = config.decoder
     vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
+    vae.get_submodule("quant_conv").requires_grad_(False)
     training, device = Training(vae, settings.lr, settings.steps), device_of(config)
 
     def loss(step: int) -> Tensor:
