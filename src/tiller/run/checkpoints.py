@@ -120,7 +120,7 @@ def load(checkpoint: Path) -> Snapshot:
         if not path.is_file():
             raise Damaged(f"{path} is missing")
         if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            raise Damaged(f"{path} is not as it was written")
+            raise Damaged(f"{path} is not what {MANIFEST} says")
     try:
         data = json.loads((checkpoint / DATA).read_bytes())
         snapshot = Snapshot(load_file(checkpoint / TENSORS), data)

@@ -91,7 +91,7 @@ def identify(folder: Path, recipe: Mapping[str, Any], found: Mapping[str, str]) 
                 f"{folder} was begun with another {SETTING[name]}: {setting} has changed since; choose another "
                 "run.output_dir, or put back what it was."
             )
-    if not set(found) <= set(known):
+    if not path.exists() or not set(found) <= set(known):
         replace_file(path, to_json({**known, **found}))
 
 

@@ -19,11 +19,11 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         RunError: there is no room. The lines before are untouched.
     """
     text = json.dumps({name: _finite(value) for name, value in line.items()}, ensure_ascii=False) + "\n"
-    with writing(path), path.open("ab") as file:
-        size = file.tell()
+    with writing(path), path.open("ab", buffering=0) as file:
+        size, rest = file.tell(), memoryview(text.encode())
         try:
-            file.write(text.encode())
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError:
             os.truncate(path, size)
             raise
