@@ -12,6 +12,7 @@ import torch
 from tiller.algorithms.base import Algorithm
 from tiller.kernels import ODE
 from tiller.policy import Policy, Rollout, Step
+from tiller.policy.weights import ADAPTER
 from tiller.rewards import Reward, score
 from tiller.rewards.check import describe
 from tiller.types import PipelineError, Prompt, RewardError
@@ -64,7 +65,8 @@ def check_replay(policy: Policy, rollout: Rollout) -> None:
 
     def on_step(step: Step) -> None:
         assert step.old_log_prob is not None
-        errors[step.index] = float((step.log_prob.detach() - step.old_log_prob).abs().max())
+        error = float((step.log_prob.detach() - step.old_log_prob).abs().max())
+        errors[step.index] = max(error if error == error else np.inf, errors.get(step.index, 0.0))
         if not step.log_prob.requires_grad:
             raise PipelineError(
                 f"no gradient reaches the denoiser of {type(policy.pipe).__name__} at step {step.index}; "
@@ -73,8 +75,9 @@ def check_replay(policy: Policy, rollout: Rollout) -> None:
         step.backward(step.log_prob.sum())
 
     policy.replay(rollout, on_step)
-    worst = max(errors, key=lambda index: errors[index] if errors[index] == errors[index] else np.inf)
-    if not errors[worst] <= RATIO_TOLERANCE:
+    policy.replay(rollout, on_step, rollout.steps[-1:])  # by itself: what is random shows where steps are left out
+    worst = max(errors, key=lambda index: errors[index])
+    if errors[worst] > RATIO_TOLERANCE:
         raise PipelineError(
             f"replaying {type(policy.pipe).__name__} gives other log-probabilities than recording it (by "
             f"{errors[worst]:.2g} at step {worst}); turn off what is random in it, such as dropout."
@@ -102,8 +105,12 @@ def check_stock(policy: Policy, prompt: str, seed: int, call: Mapping[str, Any])
     arguments = {**call, "output_type": "np"} if _takes(policy, "output_type") else dict(call)
     ours = policy.sample(prompt, seed=seed, kernel=ODE(), **arguments)
     stock = policy.stock(prompt, seed=seed, **arguments)
+    if not _finite(stock):
+        raise PipelineError(
+            f"the picture of {type(policy.pipe).__name__} is not finite; load the model in float32 or bfloat16."
+        )
     error = _distance(ours.images, stock)
-    if error > 1e-3:
+    if not error <= 1e-3:
         raise PipelineError(
             f"sampling {type(policy.pipe).__name__} without noise differs from the pipeline's own picture (by "
             f"{error:.2g} of 1); this is a fault of tiller, please report it with the pipeline's name."
@@ -113,7 +120,7 @@ def check_stock(policy: Policy, prompt: str, seed: int, call: Mapping[str, Any])
     with policy.base():
         base = policy.stock(prompt, seed=seed, **arguments)
     error = _distance(stock, base)
-    if error > 1e-3:
+    if not error <= 1e-3:
         raise PipelineError(
             f"fresh adapters change the picture (by {error:.2g} of 1); load the model without adapters."
         )
@@ -131,18 +138,23 @@ def _short(policy: Policy, sampling: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fresh(policy: Policy) -> bool:
     """Whether the adapters still are the identity."""
-    return all(not bool(p.any()) for name, p in policy.parameters.items() if "lora_B" in name)
+    return all(not bool(p.any()) for name, p in policy.parameters.items() if f"lora_B.{ADAPTER}." in name)
 
 
 def _takes(policy: Policy, name: str) -> bool:
     return name in inspect.signature(type(policy.pipe).__call__).parameters
 
 
+def _array(output: Any) -> np.ndarray:
+    return np.asarray(output.cpu() if isinstance(output, torch.Tensor) else output, dtype=np.float64)
+
+
+def _finite(output: Any) -> bool:
+    return bool(np.isfinite(_array(output)).all())
+
+
 def _distance(one: Any, other: Any) -> float:
     """The largest difference of two outputs with values in [0, 1]."""
-    arrays = [
-        np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value, dtype=np.float64)
-        for value in (one, other)
-    ]
+    arrays = _array(one), _array(other)
     scale = 255.0 if arrays[0].max() > 2 else 1.0
     return float(np.abs(arrays[0] - arrays[1]).max()) / scale
