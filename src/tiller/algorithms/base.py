@@ -10,9 +10,24 @@ from torch import Tensor
 
 from tiller.advantages import History
 from tiller.kernels import Kernel
+from tiller.types import ConfigError
 
 if TYPE_CHECKING:
     from tiller.policy import Step
+
+
+def require(holds: bool, name: str, value: object, rule: str) -> None:
+    """A setting's rule; `ConfigError` where it is broken."""
+    if not holds:
+        raise ConfigError(f"{name} is {value}; it must be {rule}.")
+
+
+def check_statistics(advantage_clip: float, buffer_size: int, min_count: int, timestep_fraction: float) -> None:
+    """The rules of the settings that DDPO's two estimators share."""
+    require(advantage_clip > 0, "advantage_clip", advantage_clip, "more than 0")
+    require(buffer_size >= 1, "buffer_size", buffer_size, "at least 1")
+    require(min_count <= buffer_size, "min_count", min_count, f"no more than buffer_size ({buffer_size})")
+    require(0 < timestep_fraction <= 1, "timestep_fraction", timestep_fraction, "more than 0 and at most 1")
 
 
 class Algorithm(Protocol):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiller import losses
 from tiller.advantages import History, per_prompt
+from tiller.algorithms.base import check_statistics, require
 from tiller.kernels import Kernel
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ class DDPO:
     inner_epochs: int = 1
     timestep_fraction: float = 1.0
     kernel: Kernel | None = None
+
+    def __post_init__(self) -> None:
+        require(self.clip_range >= 0, "clip_range", self.clip_range, "0 or more")
+        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
+        check_statistics(self.advantage_clip, self.buffer_size, self.min_count, self.timestep_fraction)
 
     def advantages(self, rewards: np.ndarray, prompts: Sequence[str], history: History) -> np.ndarray:
         standardised = per_prompt(rewards, prompts, history, self.buffer_size, self.min_count)

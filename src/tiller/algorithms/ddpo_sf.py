@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiller import losses
 from tiller.advantages import History, per_prompt
+from tiller.algorithms.base import check_statistics
 from tiller.kernels import Kernel
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ class DDPOSF:
     min_count: int = 16  # rewards a prompt needs before its own statistics count
     timestep_fraction: float = 1.0
     kernel: Kernel | None = None
+    on_policy: ClassVar[bool] = True
     inner_epochs: ClassVar[int] = 1  # the estimator is unbiased on the policy's own samples only
+
+    def __post_init__(self) -> None:
+        check_statistics(self.advantage_clip, self.buffer_size, self.min_count, self.timestep_fraction)
 
     def advantages(self, rewards: np.ndarray, prompts: Sequence[str], history: History) -> np.ndarray:
         standardised = per_prompt(rewards, prompts, history, self.buffer_size, self.min_count)
