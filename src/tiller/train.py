@@ -67,7 +67,8 @@ def train(
         prompts: what to draw from; each epoch draws `samples_per_epoch / group_size` of them.
         reward: `(images, prompts, metadata) -> scores`, one per image; None or NaN means missing.
         sampling: the pipeline's own call arguments (num_inference_steps, guidance_scale ...).
-        state: to go on with; by default a new one, after a preflight (`tiller.preflight`) that refuses what cannot work.
+        state: to go on with; by default a new one, after a preflight (`tiller.preflight`) that refuses what cannot
+            work.
         world: the processes to share the work with; by default those of the launcher, or this one alone.
 
     Raises:
@@ -76,8 +77,10 @@ def train(
         RewardError: the reward failed, or is not one score per image.
     """
     config, world, sampling = config or TrainConfig(), world or World(), sampling or {}
+    if isinstance(prompts, str) or not len(prompts):
+        raise ConfigError(f"prompts are {prompts!r}; give a list of at least one text.")
     asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
-    _check_sizes(config, world)
+    _check_sizes(algorithm, config, world)
     if state is None:
         preflight(policy, asked, reward, algorithm, sampling, config.seed)
         state = TrainState(policy, config)
@@ -146,13 +149,16 @@ def update(
             known = np.isfinite(batch.advantages[chunks.start * config.batch_size : chunks.stop * config.batch_size])
             if not known.any():
                 continue
+            state.optimizer.zero_grad(set_to_none=True)  # an update that was broken off may have left something
             for rollout, chunk in mine:
                 rows = slice(chunk * config.batch_size, (chunk + 1) * config.batch_size)
                 _accumulate(
                     policy, rollout, algorithm, batch.advantages[rows], steps, 1 / (known.sum() * len(steps)), log
                 )
             world.sum_gradients(state.parameters.values())
-            log.add({"optim/grad_norm": state.step(config)})
+            norm = state.step(config)
+            if np.isfinite(norm):
+                log.add({"optim/grad_norm": norm})
             if state.skipped_in_a_row >= GIVE_UP_AFTER:
                 raise TillerError(
                     f"the gradient was not finite {GIVE_UP_AFTER} times in a row; lower train.learning_rate, or train "
@@ -171,15 +177,17 @@ def _accumulate(
     log: Log,
 ) -> None:
     """Add one rollout's gradient; `scale` makes the sum a mean over an update's known samples and trained steps."""
-    known = torch.from_numpy(np.isfinite(advantages))
+    known = torch.from_numpy(np.flatnonzero(np.isfinite(advantages)))
     values = torch.from_numpy(np.nan_to_num(advantages)).float()
 
     def on_step(step: Step) -> None:
         device = step.prediction.device
         losses, numbers = algorithm.loss(step, values.to(device))
-        step.backward((losses * known.to(device)).sum() * scale)
+        losses = losses[known.to(device)]
+        step.backward(losses.sum() * scale)
         with torch.no_grad():
-            numbers["policy/loss"] = losses.mean()
+            if len(losses):
+                numbers["policy/loss"] = losses.mean()
             if step.old_log_prob is not None:
                 numbers["policy/log_ratio_max"] = (step.log_prob - step.old_log_prob).abs().max()
         log.add({name: float(number.detach()) for name, number in numbers.items()})
@@ -236,7 +244,12 @@ def _report(batch: Batch, metrics: dict[str, float], timings: dict[str, float], 
     return Report(state.epoch, metrics, timings, batch.pictures, batch.prompts[:shown], rewards, state)
 
 
-def _check_sizes(config: TrainConfig, world: World) -> None:
+def _check_sizes(algorithm: Algorithm, config: TrainConfig, world: World) -> None:
+    if getattr(algorithm, "on_policy", False) and config.updates_per_epoch > 1:
+        raise ConfigError(
+            f"{type(algorithm).__name__} is for samples of the policy itself, which an update changes; set "
+            "train.updates_per_epoch to 1, or take DDPO."
+        )
     chunks = config.samples_per_epoch // (config.batch_size * config.updates_per_epoch)
     if chunks % world.size:
         raise ConfigError(
