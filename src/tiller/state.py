@@ -87,7 +87,7 @@ class TrainState:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "reward_calls": self.reward_calls,
-            "history": self.history,
+            "history": {prompt: list(rewards) for prompt, rewards in self.history.items()},
         }
 
     def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
