@@ -1,7 +1,7 @@
 """Tiny pipelines with random weights, built on the spot: no hub, no files, a few thousand weights each.
 
-`tiny_parts` holds what several pipelines share (tokenizers, text encoders, autoencoders). Every builder is deterministic:
-the same call gives the same weights. Pictures are 16x16 or 32x32.
+`tiny_parts` holds what several pipelines share (tokenizers, text encoders, autoencoders). Every builder is
+deterministic: the same call gives the same weights. Pictures are 16x16 or 32x32.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import tiny_parts as parts
 import torch
+
+import tiny_parts as parts
 
 SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -7,6 +7,7 @@ arithmetic at the first step of every recording (`policy.recorder`), so a wrong 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Stage:
     prediction: str  # epsilon | v_prediction | sample | flow
     sign: float = 1.0  # -1 where the model's velocity points from noise to data
     clip: float | None = None  # x̂0 is clamped to ±clip, as the scheduler's `clip_sample` asks
+    threshold: Callable[[Tensor], Tensor] | None = None  # x̂0 is limited by this, as `thresholding` asks
 
     def split(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """x̂0 and ε̂, both (B, ...), from the latents x and the model's output at `now`."""
@@ -40,7 +42,8 @@ class Stage:
             x0, eps = (alpha * x / norm - sigma * output) / norm, (sigma * x / norm + alpha * output) / norm
         else:
             raise ValueError(f"prediction type {self.prediction!r} has no rule in tiller.process")
-        return (x0 if self.clip is None else x0.clamp(-self.clip, self.clip)), eps
+        x0 = x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
+        return (x0 if self.threshold is None else self.threshold(x0)), eps
 
     def noised(self, x0: Tensor, eps: Tensor) -> Tensor:
         """Forward process: the latents at `now` for clean latents x0 and noise ε."""
@@ -82,12 +85,21 @@ def variance_preserving(alpha_bar: float) -> Point:
     return Point(math.sqrt(alpha_bar), math.sqrt(max(0.0, 1 - alpha_bar)))
 
 
-def read(scheduler: Any, timestep: Any, x0: Tensor | None = None) -> Stage | None:
+def read(scheduler: Any, timestep: float, x0: Tensor | None = None, per_token: Tensor | None = None) -> Stage | None:
     """The stage `scheduler` has just stepped through at `timestep`; None where no rule is known.
 
     Call it after the scheduler's own `step`. `x0` is the denoised prediction, where the pipeline hands one over itself.
+    `per_token` are times of their own for each token (LTX's conditioning); the tokens in motion are at their maximum.
     """
     config = scheduler.config
+    if per_token is not None:
+        here = float(per_token.max()) / config.num_train_timesteps
+        there = max((float(s) for s in scheduler.sigmas if float(s) < here - 1e-6), default=0.0)
+        return Stage(Point(1 - here, here), Point(1 - there, there), "flow", sign=-1.0)
+    if hasattr(scheduler, "ets") and hasattr(scheduler, "betas") and not hasattr(scheduler, "alphas_cumprod"):  # IPNDM
+        at = scheduler._step_index - 1
+        now, then = (Point(float(scheduler.alphas[i]), float(scheduler.betas[i])) for i in (at, at + 1))
+        return Stage(now, then, "epsilon")
     if hasattr(scheduler, "sigmas") and getattr(scheduler, "_step_index", None) is not None:
         index = scheduler._step_index - 1
         here, there = float(scheduler.sigmas[index]), float(scheduler.sigmas[index + 1])
@@ -102,9 +114,11 @@ def _by_sigma(scheduler: Any, config: Any, here: float, there: float, x0: Tensor
     prediction = config.get("prediction_type", "flow")
     if hasattr(scheduler, "precondition_outputs"):
         return Preconditioned(Point(1.0, here), Point(1.0, there), scheduler, x0)
-    if name.startswith("FlowMatch"):
+    if prediction == "flow":
         if config.get("invert_sigmas"):  # time runs from 0 (noise) to 1 (data)
             return Stage(Point(here, 1 - here), Point(there, 1 - there), "flow", sign=-1.0)
+        if name.startswith("MiniMax"):  # its velocity points to the data
+            return Stage(Point(1 - here, here), Point(1 - there, there), "flow", sign=-1.0)
         if float(scheduler.sigmas.max()) > 1.001:  # variance-exploding sigmas: dx/dσ is ε
             return Stage(Point(1.0, here), Point(1.0, there), "epsilon")
         return Stage(Point(1 - here, here), Point(1 - there, there), "flow")
@@ -113,7 +127,8 @@ def _by_sigma(scheduler: Any, config: Any, here: float, there: float, x0: Tensor
             Point(*(float(v) for v in scheduler._sigma_to_alpha_sigma_t(torch.tensor(s, dtype=torch.float64))))
             for s in (here, there)
         )
-        return Stage(now, then, prediction.replace("flow_prediction", "flow"))
+        limit = scheduler._threshold_sample if config.get("thresholding") else None
+        return Stage(now, then, prediction.replace("flow_prediction", "flow"), threshold=limit)
     if prediction in ("epsilon", "v_prediction", "sample"):
         return Stage(Point(1.0, here), Point(1.0, there), prediction)
     return None
@@ -132,6 +147,6 @@ def _by_alpha(scheduler: Any, config: Any, timestep: int) -> Stage | None:
     then = table[previous] if previous >= 0 else final
     clips = config.get("clip_sample") and not type(scheduler).__name__.startswith("CogVideoX")  # has it, ignores it
     clip = config.clip_sample_range if clips else None
-    return Stage(
-        variance_preserving(float(table[timestep])), variance_preserving(float(then)), config.prediction_type, clip=clip
-    )
+    limit = scheduler._threshold_sample if config.get("thresholding") else None
+    now, after = variance_preserving(float(table[timestep])), variance_preserving(float(then))
+    return Stage(now, after, config.prediction_type, clip=None if limit else clip, threshold=limit)

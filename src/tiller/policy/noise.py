@@ -1,4 +1,4 @@
-"""Noise keyed by (seed, prompt, sample): a picture does not depend on the batch, the process or the device it is made in."""
+"""Noise keyed by (seed, prompt, sample): a picture does not depend on the batch or process it is made in."""
 
 from __future__ import annotations
 

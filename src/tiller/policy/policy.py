@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from tiller.kernels import Kernel
-from tiller.policy import noise, seam, weights
+from tiller.policy import calling, memo, noise, seam, weights
 from tiller.policy.recorder import Finished, Recorder, Replayer
 from tiller.policy.rollout import Rollout, Step
 from tiller.types import PipelineError
-
-# Solvers that ask the model more than once per step have no single transition; their first-order kin takes their place.
-ONE_CALL_PER_STEP: Mapping[str, Any] = {
-    "PNDMScheduler": DDIMScheduler,
-    "HeunDiscreteScheduler": EulerDiscreteScheduler,
-    "KDPM2DiscreteScheduler": EulerDiscreteScheduler,
-    "KDPM2AncestralDiscreteScheduler": EulerDiscreteScheduler,
-    "DPMSolverSDEScheduler": EulerDiscreteScheduler,
-    "FlowMatchHeunDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
-}
-
-AUTOCAST = {"no": None, "bf16": torch.bfloat16}
 
 
 class Policy:
@@ -57,8 +44,7 @@ class Policy:
     ):
         self.pipe: Any = pipe
         self.mixed_precision = mixed_precision
-        if not seam.schedulers(pipe):
-            raise PipelineError(f"{type(pipe).__name__} has no scheduler, so there is no denoising loop to train.")
+        seam.inspect_schedulers(pipe)
         self.denoisers = weights.denoisers(pipe)
         if not self.denoisers:
             raise PipelineError(f"{type(pipe).__name__} has no denoiser (a diffusers model inside its loop) to train.")
@@ -127,15 +113,15 @@ class Policy:
         Returns:
             The pictures, as the pipeline returned them, and everything that `replay` needs.
         """
-        texts, call = _batch(prompts, call)
-        indices = tuple(samples) if samples is not None else _occurrences(texts)
+        texts, call = calling.batch(prompts, call)
+        indices = tuple(samples) if samples is not None else calling.occurrences(texts)
         if len(indices) != len(texts):
             raise ValueError(f"got {len(indices)} sample indices for {len(texts)} prompts; give one per prompt")
         recorder = Recorder(kernel, len(texts), noise.generators("steps", seed, texts, indices))
-        state = _generator_state(call.get("generator"))
+        state = calling.random_state(call)
         embeddings: dict[Any, Any] = {}
         with torch.no_grad(), self._driven(recorder, embeddings, swap=kernel is None or not kernel.deterministic):
-            output = self._call(call, seed, texts, indices, state)
+            output = calling.run(self.pipe, call, seed, texts, indices, state, self.mixed_precision)
         if not recorder.records:
             raise PipelineError(
                 f"{type(self.pipe).__name__} never called scheduler.step, so there is nothing to train."
@@ -148,16 +134,17 @@ class Policy:
             seed=seed,
             kernel=kernel or recorder.records[0].kernel,
             call=call,
-            forwards=tuple(recorder.forwards),
+            forwards=recorder.finished_forwards(),
             embeddings=embeddings,
-            generator_state=state,
+            random_state=state,
+            asides=frozenset(recorder.asides),
         )
 
     def replay(self, rollout: Rollout, on_step: Callable[[Step], None], steps: Sequence[int] | None = None) -> None:
         """Walk the recorded path again, showing each wanted step to `on_step` with the model's graph attached.
 
         `on_step` may call `step.backward(loss)` there and then: the graph of one step only is ever held. Denoisers
-        are not run at steps that are not wanted; nothing is decoded.
+        are not run at steps that are not wanted; nothing is decoded. Under `torch.no_grad()` there is no graph at all.
 
         Args:
             steps: indices into the rollout's T steps; by default those that have a density.
@@ -182,10 +169,11 @@ class Policy:
         **call: Any,
     ) -> Any:
         """The pipeline's own output, its scheduler untouched, from the noise that `sample` starts with."""
-        texts, call = _batch(prompts, call)
-        indices = tuple(samples) if samples is not None else _occurrences(texts)
+        texts, call = calling.batch(prompts, call)
+        indices = tuple(samples) if samples is not None else calling.occurrences(texts)
         with torch.no_grad():
-            return self._call(call, seed, texts, indices, _generator_state(call.get("generator")))[0]
+            state = calling.random_state(call)
+            return calling.run(self.pipe, call, seed, texts, indices, state, self.mixed_precision)[0]
 
     def save(self, path: str | Path) -> Path:
         """Write what was learned: a LoRA that `pipe.load_lora_weights(path)` loads, or the whole pipeline's folder."""
@@ -207,11 +195,12 @@ class Policy:
             raise ValueError(f"steps {unknown} are outside the rollout's {len(rollout.records)} steps")
         if not len(steps):
             return
-        replayer = Replayer(rollout, on_step, steps, path)
+        replayer = Replayer(rollout, on_step, steps, path, type(self.pipe).__name__)
         swap = not rollout.kernel.deterministic
-        with torch.enable_grad(), seam.differentiable(self.pipe), self._driven(replayer, rollout.embeddings, swap):
+        key = (rollout.seed, rollout.prompts, rollout.samples, rollout.random_state)
+        with seam.differentiable(self.pipe), self._driven(replayer, rollout.embeddings, swap):
             try:
-                self._call(rollout.call, rollout.seed, rollout.prompts, rollout.samples, rollout.generator_state)
+                calling.run(self.pipe, rollout.call, *key, self.mixed_precision)
             except Finished:
                 return
         raise PipelineError(
@@ -224,116 +213,10 @@ class Policy:
         """The handler in every scheduler's step and every denoiser's forward; text encoded once."""
         with ExitStack() as stack:
             if swap:
-                stack.enter_context(_one_call_per_step(self.pipe))
+                stack.enter_context(calling.one_call_per_step(self.pipe))
             for scheduler in seam.schedulers(self.pipe).values():
                 stack.enter_context(seam.step_handled(scheduler, handler.step))
             for name, module in weights.loop_modules(self.pipe).items():
                 stack.enter_context(seam.forward_handled(module, handler.forward(name)))
-            stack.enter_context(seam.memoised(self.pipe, embeddings))
+            stack.enter_context(memo.memoised(self.pipe, embeddings))
             yield
-
-    def _call(
-        self,
-        call: Mapping[str, Any],
-        seed: int,
-        prompts: Sequence[str | None],
-        samples: Sequence[int],
-        generator_state: Any,
-    ) -> Any:
-        """The pipeline's own `__call__`, with its random draws keyed by sample, under the wanted precision."""
-        arguments = dict(call)
-        signature = inspect.signature(type(self.pipe).__call__).parameters
-        if generator_state is not None:
-            arguments["generator"] = _revive(generator_state)
-        elif "generator" in signature:
-            sources = noise.generators("start", seed, prompts, samples)
-            arguments["generator"] = sources if len(sources) > 1 else sources[0]
-        device = self.pipe._execution_device if hasattr(self.pipe, "_execution_device") else self.pipe.device
-        dtype = AUTOCAST[self.mixed_precision]
-        with (
-            _quiet(self.pipe),
-            torch.random.fork_rng(devices=[]),
-            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
-        ):
-            torch.manual_seed(noise.key("global", seed, *prompts, *samples))
-            return self.pipe(**arguments)
-
-
-def _batch(
-    prompts: str | Sequence[str] | None, call: Mapping[str, Any]
-) -> tuple[tuple[str | None, ...], dict[str, Any]]:
-    """One prompt (or None) per picture, and the pipeline's call with the prompts in it."""
-    call = dict(call)
-    copies = call.get("num_images_per_prompt") or 1
-    if prompts is None:
-        if call.get("prompt") is not None:
-            return tuple(str(text) for text in _listed(call["prompt"]) for _ in range(copies)), call
-        return (None,) * (_batch_size(call) * copies), call
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    call["prompt"] = texts if len(texts) > 1 else texts[0]
-    return tuple(text for text in texts for _ in range(copies)), call
-
-
-def _batch_size(call: Mapping[str, Any]) -> int:
-    """How many samples a call without prompts asks for."""
-    if call.get("batch_size"):
-        return int(call["batch_size"])
-    for name in ("prompt_embeds", "class_labels", "image_embeds", "image"):
-        value = call.get(name)
-        if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 1):
-            return len(value)
-    return 1
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _occurrences(prompts: Sequence[str | None]) -> tuple[int, ...]:
-    """0, 1, 2 ... among equal prompts."""
-    seen: dict[str | None, int] = {}
-    indices = []
-    for prompt in prompts:
-        indices.append(seen.get(prompt, 0))
-        seen[prompt] = indices[-1] + 1
-    return tuple(indices)
-
-
-def _generator_state(given: Any) -> Any:
-    """Device and state of generators that the caller handed over, as they are before the call."""
-    if given is None:
-        return None
-    if isinstance(given, torch.Generator):
-        return (given.device, given.get_state())
-    return [_generator_state(generator) for generator in given]
-
-
-def _revive(state: Any) -> Any:
-    if isinstance(state, list):
-        return [_revive(item) for item in state]
-    device, bits = state
-    generator = torch.Generator(device)
-    generator.set_state(bits)
-    return generator
-
-
-@contextmanager
-def _one_call_per_step(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Solvers with several model calls per step replaced by their first-order kin, for the length of the block."""
-    with ExitStack() as stack:
-        for pipeline in seam.pipelines(pipe):
-            for name, scheduler in seam.schedulers(pipeline).items():
-                simpler = ONE_CALL_PER_STEP.get(type(scheduler).__name__)
-                if simpler is not None and vars(pipeline).get(name) is scheduler:
-                    stack.enter_context(seam.attribute(pipeline, name, simpler.from_config(scheduler.config)))
-        yield
-
-
-@contextmanager
-def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
-    """No progress bars of the pipelines' own for the length of the block."""
-    with ExitStack() as stack:
-        for pipeline in seam.pipelines(pipe):
-            before = dict(getattr(pipeline, "_progress_bar_config", {}))
-            stack.enter_context(seam.attribute(pipeline, "_progress_bar_config", {**before, "disable": True}))
-        yield

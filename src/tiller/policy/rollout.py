@@ -37,9 +37,10 @@ class Rollout:
     seed: int
     kernel: Kernel
     call: Mapping[str, Any]  # the pipeline's own call arguments
-    forwards: tuple[tuple[int, str, Any], ...] = ()  # per denoiser call: (step index, module name, output template)
+    forwards: tuple[tuple[int, str, Any], ...] = ()  # per denoiser call: (step index, name, output template or None)
+    asides: frozenset[int] = frozenset()  # which calls of `step` only asked for the denoised prediction (Cosmos)
     embeddings: dict[Any, Any] = field(default_factory=dict, repr=False)  # memoised text encodings
-    generator_state: Any = None  # of generators the caller passed in, as they were before the call
+    random_state: Any = None  # of generators the caller passed in, as they were before the call
 
     @property
     def batch_size(self) -> int:

@@ -17,7 +17,16 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
+from tiller.types import PipelineError
+
 PROBE = 1024.0  # size of the noise that reads off a standard deviation: large, for the sake of rounding
+DISCRETE = (  # schedulers that draw tokens
+    "AmusedScheduler",
+    "BlockRefinementScheduler",
+    "DiscreteDDIMScheduler",
+    "EntropyBoundScheduler",
+    "VQDiffusionScheduler",
+)
 
 
 class StepCall:
@@ -25,10 +34,18 @@ class StepCall:
 
     def __init__(self, scheduler: Any, own_step: Callable[..., Any], arguments: inspect.BoundArguments):
         self.scheduler, self._step, self._arguments = scheduler, own_step, arguments
-        self.output: Tensor = arguments.arguments["model_output"]
-        self.sample: Tensor = arguments.arguments["sample"]
-        self.timestep = arguments.arguments.get("timestep", 0)
-        self.denoised: Tensor | None = arguments.arguments.get("pred_original_sample")
+        given = arguments.arguments
+        if not isinstance(given.get("model_output"), Tensor) or not isinstance(given.get("sample"), Tensor):
+            raise PipelineError(
+                f"{type(scheduler).__name__}.step takes no `model_output` and `sample`, which every step of a pipeline "
+                "that tiller trains must have; put another scheduler into the pipeline, for example DDIMScheduler."
+            )
+        self.output: Tensor = given["model_output"]
+        self.sample: Tensor = given["sample"]
+        self.timestep = float(torch.as_tensor(given.get("timestep", 0)).flatten()[0])
+        self.denoised: Tensor | None = given.get("pred_original_sample")
+        self.per_token: Tensor | None = given.get("per_token_timesteps")
+        self.position: int | None = getattr(scheduler, "_step_index", None)  # before the step
 
     def solve(self, output: Tensor, sample: Tensor) -> Any:
         """What the scheduler itself returns; its state moves on by one step."""
@@ -50,6 +67,10 @@ class StepCall:
                 module = sys.modules.get(parent.__module__)
                 if hasattr(module, "randn_tensor"):
                     stack.enter_context(attribute(module, "randn_tensor", constant))
+            if hasattr(self.scheduler, "noise_sampler"):  # Brownian paths
+                stack.enter_context(
+                    attribute(self.scheduler, "noise_sampler", lambda *_: constant(sample.shape, dtype=sample.dtype))
+                )
             return self.solve(output, sample), bool(drawn)
 
 
@@ -151,43 +172,25 @@ def differentiable(pipe: DiffusionPipeline) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def memoised(pipe: DiffusionPipeline, cache: dict[Any, Any]) -> Iterator[None]:
-    """`encode_prompt` computed once per set of arguments and kept in `cache`, detached."""
-    with ExitStack() as stack:
-        for number, pipeline in enumerate(pipelines(pipe)):
-            if hasattr(pipeline, "encode_prompt"):
-                stack.enter_context(attribute(pipeline, "encode_prompt", _memo(pipeline.encode_prompt, cache, number)))
-        yield
-
-
-def _memo(encode: Callable[..., Any], cache: dict[Any, Any], number: int) -> Callable[..., Any]:
-    @functools.wraps(encode)
-    def remembered(*args: Any, **kwargs: Any) -> Any:
-        key = (number, _fingerprint(args), _fingerprint(kwargs))
-        if key not in cache:
-            with torch.no_grad():
-                cache[key] = encode(*args, **kwargs)
-        return cache[key]
-
-    return remembered
-
-
-def _fingerprint(value: Any) -> Any:
-    """A hashable stand-in for an argument: its value where that is plain, its identity otherwise."""
-    if isinstance(value, (list, tuple)):
-        return tuple(_fingerprint(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((name, _fingerprint(item)) for name, item in sorted(value.items()))
-    return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
-
-
 def schedulers(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
-    """The pipeline's schedulers by attribute name; whatever has `step` and `set_timesteps` counts."""
-    named: dict[str, Any] = {
+    """The pipeline's schedulers by attribute name, each object once; whatever has `step` and `set_timesteps` counts."""
+    named = {
         name: value
-        for pipeline in pipelines(pipe)
-        for name, value in vars(pipeline).items()
-        if hasattr(value, "set_timesteps") and hasattr(value, "step") and not isinstance(value, nn.Module)
+        for name, value in parts(pipe, object).items()
+        if hasattr(value, "set_timesteps") and hasattr(value, "step") and not isinstance(value, (nn.Module, type))
     }
-    return {name: value for name, value in named.items() if not isinstance(value, type)}
+    return named
+
+
+def inspect_schedulers(pipe: DiffusionPipeline) -> None:
+    """Refuse a pipeline without a scheduler, or with one that has no Gaussian steps."""
+    found = schedulers(pipe)
+    if not found:
+        raise PipelineError(f"{type(pipe).__name__} has no scheduler, so there is no denoising loop to train.")
+    for scheduler in found.values():
+        name = type(scheduler).__name__
+        if name in DISCRETE:
+            raise PipelineError(
+                f"{type(pipe).__name__} draws discrete tokens ({name}); only Gaussian transitions can be "
+                "trained, so use a pipeline that denoises continuous latents."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,26 +23,31 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-# diffusers models that a pipeline holds beside its denoiser; autoencoders are known by their `decode`
+# how diffusers' pipelines call the models whose output goes to `scheduler.step`
+DENOISER = re.compile(r"(prior_|decoder_)?(\w*unet|\w*transformer(_\d+)?|prior|decoder|super_res_\w+|denoiser|dit)")
+# and, in a pipeline that calls it by another name, diffusers models that are something else
 HELPERS = ("ControlNet", "Adapter", "Projection", "Vocoder", "Renderer", "Connector", "ImageProj", "TimeProj", "Embed")
-
-
-def loop_modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """Every diffusers model that may run inside the loop: denoisers and what conditions them, but no autoencoder."""
-    return {
-        name: module
-        for name, module in seam.parts(pipe, ModelMixin).items()
-        if not hasattr(module, "decode") and not hasattr(module, "encode")
-    }
 
 
 def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The models whose output is the prediction that `scheduler.step` gets."""
-    return {
+    modules = {
         name: module
-        for name, module in loop_modules(pipe).items()
-        if not any(helper in type(module).__name__ for helper in HELPERS)
+        for name, module in seam.parts(pipe, nn.Module).items()
+        if not hasattr(module, "decode") and not hasattr(module, "encode")
     }
+    named = {name: module for name, module in modules.items() if DENOISER.fullmatch(name.rsplit(".", 1)[-1])}
+    return named or {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, ModelMixin) and not any(helper in type(module).__name__ for helper in HELPERS)
+    }
+
+
+def loop_modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Every model whose output serves one step only: the denoisers, and the ControlNets that condition them."""
+    controls = {n: m for n, m in seam.parts(pipe, nn.Module).items() if n.rsplit(".", 1)[-1].startswith("controlnet")}
+    return {**denoisers(pipe), **controls}
 
 
 def add_lora(
@@ -76,9 +82,10 @@ def _targets(part: str, module: nn.Module, wanted: Sequence[str] | None) -> list
     if not names and wanted is None:
         names = [name for name in linear if "emb" not in name and "proj_out" not in name]
     if not names:
+        known = sorted({n.rsplit(".", 1)[-1] for n in linear})[:6]
         raise PipelineError(
             f"no linear layer of {part} ({type(module).__name__}) is called {list(wanted or ATTENTION)}; "
-            f"name some of its layers in target_modules, for example {sorted({n.rsplit('.', 1)[-1] for n in linear})[:6]}."
+            f"name some of its layers in target_modules, for example {known}."
         )
     return names
 

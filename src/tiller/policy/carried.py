@@ -1,0 +1,73 @@
+"""Models that carry something from one step to another (a cache of keys and values): they must run at every step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+PLAIN = (Tensor, str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
+
+
+class Carried:
+    """Watches forwards, and names the modules that are not a function of what one step hands them.
+
+    That shows in three ways: a tensor of an earlier step's output comes back as an argument, an argument is written
+    into, or an argument or output is an object of the pipeline's own.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self._outputs: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}  # by id: the tensor, its step, its module
+
+    @contextmanager
+    def watched(self, name: str, step: int, inputs: Any) -> Iterator[Callable[[Any], None]]:
+        """Around one forward of module `name`; what it returns is to be told to the function that this yields."""
+        leaves = pytree.tree_leaves(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        versions = [tensor._version for tensor in tensors]
+        if any(not isinstance(leaf, PLAIN) for leaf in leaves) or any(self._returns(t, name, step) for t in tensors):
+            self.names.add(name)
+
+        def leave(output: Any) -> None:
+            for leaf in pytree.tree_leaves(output):
+                if isinstance(leaf, Tensor):
+                    self._outputs[id(leaf)] = (weakref.ref(leaf), step, name)
+                elif not isinstance(leaf, PLAIN):
+                    self.names.add(name)
+
+        yield leave
+        if any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True)):
+            self.names.add(name)
+
+    def _returns(self, tensor: Tensor, name: str, step: int) -> bool:
+        known, earlier, module = self._outputs.get(id(tensor), (None, step, name))
+        return known is not None and known() is tensor and module == name and earlier < step
+
+
+def cut(value: Any, depth: int = 4) -> None:
+    """Detach, in place, every tensor that is held by dicts, lists and objects: an earlier step's graph ends there."""
+    if isinstance(value, dict):
+        for name, item in list(value.items()):
+            if isinstance(item, Tensor):
+                if item.requires_grad and not item.is_leaf:
+                    value[name] = item.detach()
+            elif depth:
+                cut(item, depth - 1)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            if isinstance(item, Tensor):
+                if item.requires_grad and not item.is_leaf:
+                    value[index] = item.detach()
+            elif depth:
+                cut(item, depth - 1)
+    elif isinstance(value, tuple):
+        for item in value:
+            cut(item, depth - 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, Tensor, torch.nn.Module)) and depth:
+        cut(vars(value), depth - 1)
