@@ -182,6 +182,10 @@ def test_bad_input_is_one_sentence(tmp_path, pictures):
         data.open_source(str(tmp_path), 32)
     with pytest.raises(ConfigError, match="multiple of 16"):
         PretrainConfig(size=40)
+    with pytest.raises(ConfigError, match=r"denoiser\.channels is \(100, 160\); choose multiples of 16"):
+        PretrainConfig(denoiser=DenoiserConfig(channels=(100, 160)))
+    with pytest.raises(ConfigError, match=r"decoder\.steps must be at least 1"):
+        PretrainConfig(decoder=DecoderConfig(steps=0))
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "bad.txt").write_text("a cat")
     with pytest.raises(ConfigError, match=r"bad\.png is no readable image"):

@@ -66,9 +66,19 @@ class PretrainConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
     def __post_init__(self) -> None:
-        factor = 2 ** (len(self.autoencoder.channels) - 1)
-        if self.size % (factor * 2 ** (len(self.denoiser.channels) - 1)):
+        units = {"autoencoder.channels": 8, "denoiser.channels": 16, "denoiser.text_width": 48}
+        for name, unit in units.items():
+            section, key = name.split(".")
+            value = getattr(getattr(self, section), key)
+            widths = value if isinstance(value, tuple) else (value,)
+            if not widths or any(width <= 0 or width % unit for width in widths):
+                raise ConfigError(f"{name} is {value}; choose multiples of {unit}")
+        for section in ("autoencoder", "denoiser", "decoder"):
+            for key in ("steps", "batch"):
+                if getattr(getattr(self, section), key) < 1:
+                    raise ConfigError(f"{section}.{key} must be at least 1")
+        levels = len(self.autoencoder.channels) + len(self.denoiser.channels) - 2
+        if self.size <= 0 or self.size % 2**levels:
             raise ConfigError(
-                f"size is {self.size}, but these autoencoder and denoiser levels need a multiple of "
-                f"{factor * 2 ** (len(self.denoiser.channels) - 1)}"
+                f"size is {self.size}; with these channels it must be a multiple of {2**levels}"
             )
