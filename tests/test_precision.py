@@ -1,4 +1,4 @@
-"""Weights in bfloat16 under a float32 LoRA, with and without autocast: what a small GPU trains."""
+"""Weights in bfloat16 under a float32 LoRA, checkpointing, one graph at a time: what a small GPU trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from tiller import DDPO, Policy, Step, TrainConfig, TrainState, train
+from tiller import DDPO, Policy, Rollout, Step, TrainConfig, TrainState, train
 
 PIPELINES = {"sd": tiny.tiny_sd, "sdxl": tiny.tiny_sdxl, "sd3": tiny.tiny_sd3, "flux": tiny.tiny_flux}
 PROMPTS = ["a cat", "a dog"]
@@ -75,3 +75,49 @@ def test_a_training_run_in_bf16_moves_the_lora_and_keeps_the_weights() -> None:
     assert [report.metrics["optim/updates"] for report in reports] == [1, 2]
     assert any(not torch.equal(p, before[name]) for name, p in policy.parameters.items())
     assert all(torch.equal(p, frozen[n]) for n, p in policy.pipe.unet.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradient_checkpointing_changes_no_gradient(precision: Any) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        policy = Policy(tiny.tiny_sd(), lora_rank=4, mixed_precision=precision)
+        if checkpointed:
+            policy.pipe.unet.enable_gradient_checkpointing()
+        policy.replay(policy.sample(PROMPTS, **tiny.PROMPT), lambda step: step.backward(step.log_prob.sum()))
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters.values() if p.grad is not None]))
+    assert bool(gradients[0].any())
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_the_graph_of_one_step_only_is_held() -> None:
+    """Bytes saved for backward passes, at most: after 6 steps as after 1; kept to the end, 6 times as many."""
+    policy = Policy(tiny.tiny_sd(), lora_rank=4)
+    held: dict[tuple[int, bool], int] = {}
+    for steps in (1, 6):
+        rollout = policy.sample(PROMPTS, **{**tiny.PROMPT, "num_inference_steps": steps})
+        held[steps, True] = bytes_held(policy, rollout, lambda step: step.backward(step.log_prob.sum()))
+        kept: list[torch.Tensor] = []
+        held[steps, False] = bytes_held(policy, rollout, lambda step, kept=kept: kept.append(step.log_prob))
+    assert held[6, True] == held[1, True]
+    assert held[6, False] == 6 * held[1, False]
+
+
+def bytes_held(policy: Policy, rollout: Rollout, on_step: Callable[[Step], None]) -> int:
+    """Bytes of the tensors that autograd holds at most during a replay; a tensor held twice counts twice."""
+    now, most = 0, 0
+
+    class Held:
+        def __init__(self, tensor: torch.Tensor):
+            nonlocal now, most
+            self.tensor = tensor
+            now += tensor.nbytes
+            most = max(most, now)
+
+        def __del__(self) -> None:
+            nonlocal now
+            now -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        policy.replay(rollout, on_step)
+    return most
