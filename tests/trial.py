@@ -13,7 +13,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import tiny
 from tiller import config
 from tiller.algorithms.ddpo import DDPO
+from tiller.distributed import World
 from tiller.policy import Policy
 from tiller.recipe import Model, Recipe
 from tiller.run import Interrupts, Run, checkpoints, files, lines
@@ -94,9 +97,9 @@ def brightness(images: Sequence[Any], prompts: Sequence[str], metadata: Sequence
     return [None if round(mean * 1000) % 7 == 0 else mean for mean in means]
 
 
-def recipe(**train: Any) -> dict[str, Any]:
+def recipe(settings: TrainConfig = SETTINGS) -> dict[str, Any]:
     """The recipe as a run folder records it."""
-    return config.to_mapping(RECIPE, complete=True) | {"train": {**config.to_mapping(SETTINGS), **train}}
+    return config.to_mapping(replace(RECIPE, train=settings), complete=True)
 
 
 def watch(reached: Callable[[str], None], policy: Policy) -> None:
@@ -115,27 +118,60 @@ def watch(reached: Callable[[str], None], policy: Policy) -> None:
     TrainState.step = counted  # type: ignore[method-assign]
 
 
-def run(folder: str | Path, events: Sequence[Event] = ()) -> None:
+def run(
+    folder: str | Path,
+    events: Sequence[Event] = (),
+    settings: TrainConfig = SETTINGS,
+    policy: Policy | None = None,
+    world: World | None = None,
+) -> None:
     """Train in a run folder, from wherever it is."""
     torch.set_num_threads(1)
-    policy, reached = _policy(), Counter(events)
+    policy, reached = policy or _policy(), Counter(events)
     watch(reached, policy)
 
     def reward(images: Sequence[Any], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float | None]:
         reached("reward")
         return brightness(images, prompts, metadata)
 
-    with Run.open(folder, recipe()) as record, Interrupts(record.save_last) as interrupts:
+    with Run.open(folder, recipe(settings), world=world) as record, Interrupts(record.save_last) as interrupts:
         record.check_model(policy)
-        state = TrainState(policy, SETTINGS)
+        state = TrainState(policy, settings)
         record.restore(state)
-        reports = train(policy, PROMPTS, reward, DDPO(), SETTINGS, sampling=SAMPLING, state=state)
+        reports = train(policy, PROMPTS, reward, DDPO(), settings, sampling=SAMPLING, state=state, world=world)
         for report in interrupts.over(reports):
             reached("report")
             record.log(report)
-            if report.epoch % EVERY == 0 or report.epoch == SETTINGS.epochs:
+            if report.epoch % EVERY == 0 or report.epoch == settings.epochs:
                 record.save(state)
         record.finish()
+
+
+def run_shared(
+    rank: int, size: int, port: int, folder: str, events: Sequence[Event], settings: TrainConfig, timeout: float
+) -> None:
+    """`run` in one of several processes, keeping what it drew and each update's gradient in the folder's `kept`."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = World(timedelta(seconds=timeout)) if size > 1 else None
+    policy, kept = _policy(), dict[str, torch.Tensor]()
+    sample, step = policy.sample, TrainState.step
+
+    def sampled(prompts: Sequence[str], **options: Any) -> Any:
+        rollout = sample(prompts, **options)
+        for row, (prompt, index) in enumerate(zip(rollout.prompts, rollout.samples, strict=True)):
+            kept[f"picture {prompt} {index}"] = rollout.latents[-1][row].clone()
+        return rollout
+
+    def stepped(self: TrainState, settings: TrainConfig) -> float:
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        kept[f"gradient {self.updates}"] = torch.cat([gradient.flatten() for gradient in gradients])
+        return step(self, settings)
+
+    policy.sample = sampled  # type: ignore[method-assign, assignment]
+    TrainState.step = stepped  # type: ignore[method-assign]
+    run(folder, events, settings, policy, world)
+    save_file(kept, f"{folder}-{size}-{rank}.safetensors")
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:
@@ -148,7 +184,7 @@ def start(target: Callable[..., None], *args: Any) -> Any:
     return process
 
 
-def ended(process: Any, seconds: float = 60) -> int:
+def ended(process: Any, seconds: float = 240) -> int:
     """Its exit code; -9 means killed."""
     process.join(seconds)
     assert process.exitcode is not None, "the process did not end"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -11,8 +12,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from tiller.types import ConfigError
+
 T = TypeVar("T")
-TIMEOUT = timedelta(seconds=50)  # a process that died ends the others in less than a minute
+TIMEOUT = timedelta(minutes=30)  # how long processes wait for one that hangs; one that died is noticed at once
 
 
 class World:
@@ -20,10 +23,18 @@ class World:
 
     LoRA and full fine-tuning alike keep a whole copy of the weights in every process, so nothing wraps the
     denoiser: gradients are summed once per update.
+
+    Raises:
+        ConfigError: the launcher started several processes, and they do not find each other.
     """
 
     def __init__(self, timeout: timedelta = TIMEOUT):
-        self._state = PartialState(timeout=timeout)
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        without = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        cpu = started > 1 and (without or not torch.accelerator.is_available())
+        self._state = PartialState(cpu=cpu, timeout=timeout)
+        if self.size != started:
+            raise ConfigError(f"WORLD_SIZE is {started}, but {self.size} processes found each other; use a launcher.")
 
     @property
     def rank(self) -> int:
