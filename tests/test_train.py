@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tiller.algorithms import DDPO, DDPOSF
 from tiller.distributed import World
+from tiller.metrics import Clock
 from tiller.policy import Policy, Step
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
-from tiller.train import GIVE_UP_AFTER, Batch, Clock, collect, train, update
+from tiller.train import GIVE_UP_AFTER, Batch, collect, train, update
 from tiller.types import ConfigError, Prompt, TillerError
 from toy import ToyPipeline, brightness, toy
 

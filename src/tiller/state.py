@@ -37,7 +37,7 @@ class TrainState:
         )
         self.ema: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
-            self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.ema = {name: _exact(p).clone() for name, p in self.parameters.items()}
 
     def step(self, config: TrainConfig) -> float:
         """One optimiser step on the gradients at hand, clipped; returns their norm.
@@ -127,7 +127,7 @@ class TrainState:
         if self.ema is None or decay is None:
             return
         for name, parameter in self.parameters.items():
-            self.ema[name].lerp_(parameter.detach(), 1 - decay)
+            self.ema[name].lerp_(_exact(parameter), 1 - decay)
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:
@@ -138,3 +138,8 @@ class TrainState:
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
     """The same numbers where the parameter lies and in its memory layout, so that sums come out the same."""
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _exact(parameter: Tensor) -> Tensor:
+    """The weights in float32 or better: a running mean in bfloat16 would stand still."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))

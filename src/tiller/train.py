@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -12,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tiller.advantages import zero_spread_groups
 from tiller.algorithms.base import Algorithm
 from tiller.distributed import World
+from tiller.metrics import Clock, Log, score_metrics
 from tiller.policy import Policy, Rollout, Step
 from tiller.preflight import preflight
 from tiller.prompts import draw
@@ -87,7 +85,9 @@ def train(
     while state.epoch < config.epochs:
         clock = Clock()
         batch = collect(policy, asked, reward, algorithm, config, sampling, state, world, clock)
-        metrics = score_metrics(batch, config) | update(policy, batch, algorithm, config, state, world)
+        metrics = score_metrics(batch.scores, config.group_size) | update(
+            policy, batch, algorithm, config, state, world
+        )
         clock.lap("time/update")
         state.epoch += 1
         yield _report(batch, metrics | _progress(state), clock.laps, state)
@@ -211,24 +211,6 @@ def _joined(parts: Sequence[Scores], size: int) -> Scores:
     )
 
 
-def score_metrics(batch: Batch, config: TrainConfig) -> dict[str, float]:
-    """What the rewards of an epoch looked like."""
-    values, known = batch.scores.values, batch.scores.valid
-    groups = np.repeat(np.arange(len(values) // config.group_size), config.group_size).tolist()
-    metrics = {"reward/missing": float((~known).sum())}
-    for name, column in {
-        "": values,
-        **{f"{name}/": column for name, column in batch.scores.components.items()},
-    }.items():
-        present = column[np.isfinite(column)]
-        if len(present):
-            metrics[f"reward/{name}mean"] = float(present.mean())
-            metrics[f"reward/{name}std"] = float(present.std())
-    if config.group_size > 1:
-        metrics["reward/zero_spread_groups"] = float(zero_spread_groups(values, groups))
-    return metrics
-
-
 def _progress(state: TrainState) -> dict[str, float]:
     return {
         "epoch": state.epoch,
@@ -257,39 +239,3 @@ def _check_sizes(algorithm: Algorithm, config: TrainConfig, world: World) -> Non
             f"multiple of batch_size × updates_per_epoch × processes "
             f"({config.batch_size * config.updates_per_epoch * world.size})."
         )
-
-
-class Log:
-    """Numbers by name, and how often each came, for their means."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = defaultdict(list)
-
-    def add(self, numbers: Mapping[str, float]) -> None:
-        for name, number in numbers.items():
-            self.values[name].append(number)
-
-    def means(self, world: World) -> dict[str, float]:
-        """The mean of each name over everything added in any process; of names ending in `_max`, the largest."""
-        everyone = world.gather([dict(self.values)])
-        joined: dict[str, list[float]] = defaultdict(list)
-        for values in everyone:
-            for name, numbers in values.items():
-                joined[name] += numbers
-        return {
-            name: float(np.max(numbers) if name.endswith("_max") else np.mean(numbers))
-            for name, numbers in sorted(joined.items())
-        }
-
-
-class Clock:
-    """Seconds between laps."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now
