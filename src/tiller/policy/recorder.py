@@ -151,8 +151,8 @@ class Replayer:
         wanted = index in self.steps
         if wanted and self.has_graph and not call.output.requires_grad:
             raise PipelineError(
-                f"no gradient reaches the denoiser of {self.pipeline} at step {index}: its loop cuts the graph between the "
-                "denoiser and scheduler.step; use another pipeline of the same model."
+                f"no gradient reaches the denoiser of {self.pipeline} at step {index}: its loop cuts the graph between "
+                "the denoiser and scheduler.step; use another pipeline of the same model."
             )
         with torch.set_grad_enabled(wanted and self.grad and isinstance(record.kernel, Stock)):
             answer, gaussian, stage = transition(record.kernel, call, lazy=True)
