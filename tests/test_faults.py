@@ -20,8 +20,10 @@ import pytest
 import torch
 
 import trial
-from test_run import RECIPE, advance, equal, go, new_state, report
+from test_run import RECIPE, SETTINGS, advance, equal, go, new_state, report
 from tiller.run import Run, checkpoints, files, lines
+from tiller.settings import TrainConfig
+from tiller.state import TrainState
 from tiller.types import RunError, TillerError
 from trial import Event
 
@@ -328,6 +330,46 @@ def _make_manifest_fit(path: Path) -> None:
 def test_pickle_bombs_go_off_when_unpickled(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Bomb(tmp_path / "mark")))
     assert (tmp_path / "mark").exists()
+
+
+# 12: a gradient that is not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(value: float) -> None:
+    state, same = new_state(2), new_state(2)
+    for parameter in state.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    state.parameters["unet.linear"].grad[0, 0] = value  # type: ignore[index]
+    state.step(SETTINGS)
+    assert state.skipped == 1
+    state.skipped = state.skipped_in_a_row = 0
+    assert equal(state, same)
+    advance(state)
+    advance(same)
+    assert equal(state, same)
+
+
+def run_into_nan(folder: str) -> None:
+    """Train; from the second epoch on, all gradients are NaN."""
+    step = TrainState.step
+
+    def poisoned(self: TrainState, settings: TrainConfig) -> float:
+        if self.epoch >= 1:
+            next(iter(self.parameters.values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+        return step(self, settings)
+
+    TrainState.step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(TillerError, match="not finite 5 times in a row"):
+        trial.run(folder)
+
+
+def test_training_that_only_meets_nan_stops_with_the_last_good_state(tmp_path: Path) -> None:
+    assert trial.ended(trial.start(run_into_nan, str(tmp_path))) == 0
+    last = checkpoints.load(checkpoints.listed(tmp_path / "checkpoints")[-1])
+    assert last.epoch == 3
+    assert last.data["updates"] == 2
+    assert all(bool(value.isfinite().all()) for value in last.tensors.values())
 
 
 # 23: secrets
