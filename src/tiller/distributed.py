@@ -33,8 +33,11 @@ class World:
         without = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         cpu = started > 1 and (without or not torch.accelerator.is_available())
         self._state = PartialState(cpu=cpu, timeout=timeout)
-        if self.size != started:
-            raise ConfigError(f"WORLD_SIZE is {started}, but {self.size} processes found each other; use a launcher.")
+        if self._state.num_processes != started:
+            raise ConfigError(
+                f"WORLD_SIZE is {started}, but {self._state.num_processes} processes found each other; use a launcher "
+                "such as accelerate launch."
+            )
 
     @property
     def rank(self) -> int:
