@@ -88,6 +88,9 @@ def run(
         sources = noise.generators("start", seed, prompts, samples)
         several = len(sources) > 1 and _takes_several(parameters["generator"])
         arguments["generator"] = sources if several else sources[0]
+    asked = parameters.get("prompt")
+    if asked is not None and asked.default is inspect.Parameter.empty:
+        arguments.setdefault("prompt", None)  # embeddings may stand in for it
     device = pipe._execution_device if hasattr(pipe, "_execution_device") else pipe.device
     dtype = AUTOCAST[mixed_precision]
     with (

@@ -50,6 +50,32 @@ class Carried:
         return known is not None and known() is tensor and module == name and earlier < step
 
 
+def moment() -> int:
+    """A number that orders nodes of the autograd graph: those made later have a greater one."""
+    with torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
+    return int(node._sequence_nr())
+
+
+def since(tensor: Tensor, start: int) -> Tensor:
+    """The tensor with its graph, or detached where that began before the moment `start`.
+
+    What a pipeline works out of trained weights before its loop (Kandinsky's embedding statistics) serves every step,
+    but the graph of a step must end with it.
+    """
+    waiting: list[Any] = [tensor.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or type(node).__name__ == "AccumulateGrad":
+            continue
+        if node._sequence_nr() < start:
+            return tensor.detach()
+        seen.add(node)
+        waiting += [earlier for earlier, _ in node.next_functions]
+    return tensor
+
+
 def cut(value: Any, depth: int = 4) -> None:
     """Detach, in place, every tensor that is held by dicts, lists and objects: an earlier step's graph ends there."""
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tiller.kernels import Gaussian, Kernel, Stock, log_prob
-from tiller.policy.carried import Carried, cut
+from tiller.policy.carried import Carried, cut, moment, since
 from tiller.policy.noise import standard_normal
 from tiller.policy.rollout import Record, Rollout, Step
 from tiller.policy.seam import StepCall, first, with_first
@@ -120,6 +120,8 @@ class Replayer:
         self.needed = {self.source[step] for step in self.steps}
         self.waiting = list(rollout.forwards)
         self.has_graph = False  # the denoiser's last output had one
+        self.began = moment()  # this step
+        self.writes = len(calls) < len(rollout.records)  # several steps on one call: latents are written piece by piece
 
     def forward(self, name: str) -> Callable[..., Any]:
         """A handler for the forwards of module `name`: real where a wanted step needs it, a stand-in elsewhere."""
@@ -131,8 +133,7 @@ class Replayer:
                 return pytree.tree_map_only(_Template, _Template.tensor, template)
             if template is None:
                 cut((args, kwargs))
-            # where a pipeline writes into its latents step by step, the graph must hold on to what the model saw
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.clone() if t._is_view() else t, (args, kwargs))
+            args, kwargs = pytree.tree_map_only(Tensor, self._input, (args, kwargs))
             with torch.set_grad_enabled(needed and self.grad):
                 output = own_forward(*args, **kwargs)
             if needed:
@@ -140,6 +141,12 @@ class Replayer:
             return output
 
         return run
+
+    def _input(self, tensor: Tensor) -> Tensor:
+        """What the model is to see: of no earlier step's graph, and safe from a pipeline that writes in place."""
+        if tensor.requires_grad:
+            tensor = since(tensor, self.began)
+        return tensor.clone() if self.writes and tensor.is_floating_point() else tensor
 
     def step(self, call: StepCall) -> Any:
         self.calls += 1
@@ -162,6 +169,7 @@ class Replayer:
         if index == self.last:
             raise Finished
         self.index += 1
+        self.began = moment()
         forced = self._state(self.index) if self._forced(self.index) else record.action
         return with_first(answer, forced.clone())  # pipelines may write into it
 

@@ -82,7 +82,7 @@ def _targets(part: str, module: nn.Module, wanted: Sequence[str] | None) -> list
     if not names and wanted is None:
         names = [name for name in linear if "emb" not in name and "proj_out" not in name]
     if not names:
-        known = sorted({n.rsplit(".", 1)[-1] for n in linear})[:6]
+        known = sorted({n.rsplit(".", 1)[-1] for n in linear}, key=lambda n: (n not in ATTENTION, n))[:6]
         raise PipelineError(
             f"no linear layer of {part} ({type(module).__name__}) is called {list(wanted or ATTENTION)}; "
             f"name some of its layers in target_modules, for example {known}."
