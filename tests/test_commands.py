@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import tiny
 from PIL import Image
 
+import tiny
 from tiller.cli import main
 
 RECIPE = """

@@ -99,9 +99,7 @@ class Facts:
     colour: str | None = None
 
 
-def sample(
-    rng: np.random.Generator, kind: str | None = None, activities: tuple[str, ...] = ACTIVITIES
-) -> Scene:
+def sample(rng: np.random.Generator, kind: str | None = None, activities: tuple[str, ...] = ACTIVITIES) -> Scene:
     """A random scene, of one kind of `KINDS` or of all in those shares."""
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     noun = str(rng.choice(ANIMALS if kind == "activity" else NOUNS))
@@ -232,9 +230,7 @@ def _glyph(character: str, side: int, path: str) -> Image.Image:
     ImageDraw.Draw(raw).text((8, 8), character, font=_font(path), embedded_color=True)
     box = raw.getbbox()
     if box is None:
-        raise FontError(
-            f"the emoji font {path} has no glyph for {character}; install a newer NotoColorEmoji.ttf"
-        )
+        raise FontError(f"the emoji font {path} has no glyph for {character}; install a newer NotoColorEmoji.ttf")
     mark = raw.crop(box)
     edge = max(mark.size)
     square = Image.new("RGBA", (edge, edge), (0, 0, 0, 0))

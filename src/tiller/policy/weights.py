@@ -77,7 +77,8 @@ def add_lora(
 
 
 def _targets(part: str, module: nn.Module, wanted: Sequence[str] | None) -> list[str]:
-    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    kinds = nn.Linear if wanted is None else (nn.Linear, nn.Conv2d)  # convolutions only where they are asked for
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
     names = [name for name in linear if any(name == t or name.endswith("." + t) for t in wanted or ATTENTION)]
     if not names and wanted is None:
         names = [name for name in linear if "emb" not in name and "proj_out" not in name]
