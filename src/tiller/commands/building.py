@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from tiller import config
 from tiller.algorithms.base import Algorithm
-from tiller.policy import Policy
+from tiller.policy import Policy, layout
 from tiller.prompts import SETS, held_out, load
 from tiller.recipe import Model, Recipe
 from tiller.rewards import Reward, resolve
@@ -43,9 +43,11 @@ def policy(model: Model, seed: int) -> Policy:
         torch_dtype=DTYPES[model.dtype],
         **{key: getattr(model, key) for key in ("revision", "variant") if getattr(model, key) is not None},
     )
+    bfloat16 = model.mixed_precision == "bf16" or model.dtype == "bfloat16"
     for denoiser in loaded.denoisers.values():
-        if model.channels_last and any(weight.ndim == 4 for weight in denoiser.parameters()):
-            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layout.plain_attention(denoiser, bfloat16)
+        if model.channels_last:
+            layout.channels_last(denoiser)
         if model.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         if model.compile:
