@@ -75,7 +75,8 @@ class Keeper(list[Tensor]):
 
 def graph_sizes(chosen: argparse.Namespace) -> None:
     """Peak of the saved bytes of an update, for several numbers of steps, against one bare call."""
-    policy = Policy(pipeline("small", chosen.latents))
+    pipe = pipeline("small", chosen.latents).to(torch.bfloat16 if chosen.bf16_weights else torch.float32)
+    policy = Policy(pipe, mixed_precision=chosen.precision)
     owned = {p.untyped_storage().data_ptr() for p in policy.pipe.unet.parameters()}
     prompts = list(PROMPTS[: chosen.batch])
     alone = 0
@@ -166,6 +167,8 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 5, 20])
     parser.add_argument("--latents", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="autocast")
+    parser.add_argument("--bf16-weights", action="store_true", help="frozen weights in bfloat16")
     parser.add_argument("--sd15", action="store_true", help="Stable Diffusion 1.5's size, on a GPU")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--offload", action="store_true", help="text encoder and autoencoder off the GPU in training")

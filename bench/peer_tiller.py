@@ -11,6 +11,7 @@ import torch
 from models import PROMPTS
 
 from tiller import DDPO, Policy, TrainConfig, TrainState, train
+from tiller.policy import layout
 
 
 def brightness(images: list, prompts: list, metadata: list) -> list[float]:
@@ -23,7 +24,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rank = None if asked["full"] else 4
     policy = Policy.from_pretrained(asked["folder"], lora_rank=rank, mixed_precision=asked["precision"])
-    policy.pipe.unet.to(memory_format=torch.channels_last)
+    layout.channels_last(policy.pipe.unet)  # both as `tiller train` does
+    layout.plain_attention(policy.pipe.unet, asked["precision"] == "bf16")
     config = TrainConfig(
         epochs=asked["epochs"], samples_per_epoch=asked["batch"], batch_size=asked["batch"], group_size=1
     )
