@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,19 @@ def per_picture(call: dict[str, Any]) -> dict[str, Any]:
         if key in call:
             raise ConfigError(f"sampling.{key} is set by the run itself; leave it out.")
     return dict(call)
+
+
+def check_call(policy: Policy, call: Mapping[str, Any]) -> None:
+    """Refuse call arguments that the pipeline does not name; many pipelines would swallow them without a word.
+
+    Raises:
+        ConfigError: one of them is unknown.
+    """
+    known = [
+        name for name in inspect.signature(type(policy.pipe).__call__).parameters if name not in ("self", "kwargs")
+    ]
+    for key in call:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"; did you mean sampling.{near[0]}?" if near else "."
+            raise ConfigError(f"config error: sampling.{key} is no call argument of {type(policy.pipe).__name__}{hint}")

@@ -39,6 +39,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     keep = recipe.run.keep_last
     with Run.open(folder, resolved, keep_last=keep, resume=resume, world=world, tell=terminal.say) as record, terminal:
         policy = building.policy(recipe.model, recipe.train.seed)
+        building.check_call(policy, sampling | recipe.evaluation.sampling)
         record.check_model(policy)
         record.trackers = _trackers(recipe, folder, resolved) if world.is_main else []
         state = TrainState(policy, recipe.train)
