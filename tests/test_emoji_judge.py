@@ -103,9 +103,7 @@ def test_pictures_of_any_size_and_none_at_all():
 def test_labels_are_canonical():
     one = stated(Facts("dog", 1, other="cat", relation="left of"))
     two = stated(Facts("cat", 1, other="dog", relation="right of"))
-    assert (
-        one == two == {"first": NOUNS.index("cat"), "second": NOUNS.index("dog"), "relation": 1, "count": 0}
-    )
+    assert one == two == {"first": NOUNS.index("cat"), "second": NOUNS.index("dog"), "relation": 1, "count": 0}
     assert stated(Facts()) == {}
     assert stated(Facts("cat", 1, activity="reading a book"))["second"] == NOUNS.index("book")
     seen = truth(Scene("cat", colour="red"))

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from tiller import config
 from tiller.pretrain import (
     AutoencoderConfig,
     DecoderConfig,
@@ -56,7 +57,9 @@ def tiny(pictures: Path, output: Path) -> PretrainConfig:
         save_every=3,
         precision="fp32",
         autoencoder=AutoencoderConfig(channels=(8, 16, 16), latent_channels=4, steps=5, batch=2),
-        denoiser=DenoiserConfig(channels=(32, 32), text_width=48, text_layers=1, steps=5, batch=4, pool=8, epochs=1),
+        denoiser=DenoiserConfig(
+            channels=(32, 32), text_width=48, text_layers=1, steps=5, batch=4, pool=8, epochs=1
+        ),
         decoder=DecoderConfig(steps=5, batch=2),
     )
 
@@ -92,7 +95,9 @@ def test_folder_becomes_a_plain_pipeline_and_resumes_bit_for_bit(pictures, tmp_p
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red square", num_inference_steps=2, guidance_scale=3.0).images[0]
     assert image.size == (32, 32)
-    settings = json.loads((tmp_path / "whole" / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
+    settings = json.loads(
+        (tmp_path / "whole" / "pipeline" / "scheduler" / "scheduler_config.json").read_text()
+    )
     assert (settings["clip_sample"], settings["set_alpha_to_one"], settings["steps_offset"]) == (
         False,
         False,
@@ -101,14 +106,14 @@ def test_folder_becomes_a_plain_pipeline_and_resumes_bit_for_bit(pictures, tmp_p
     assert settings["prediction_type"] == "v_prediction"
 
 
-def stop_after(config: PretrainConfig, phase: str, step: int) -> None:
+def stop_after(settings: PretrainConfig, phase: str, step: int) -> None:
     """Runs until the save at `step` of `phase`, and dies in the step after it."""
     from tiller.pretrain import training
 
     real = training.Training.update
 
     def update(self, loss):
-        saved = config_path(config, phase)
+        saved = config_path(settings, phase)
         if self.step == step and saved.exists() and training.read_metadata(saved)["step"] == str(step):
             raise KeyboardInterrupt
         real(self, loss)
@@ -116,19 +121,19 @@ def stop_after(config: PretrainConfig, phase: str, step: int) -> None:
     training.Training.update = update
     try:
         with pytest.raises(KeyboardInterrupt):
-            list(pretrain(config))
+            list(pretrain(settings))
     finally:
         training.Training.update = real
 
 
-def config_path(config: PretrainConfig, phase: str) -> Path:
-    return Path(config.output) / "train" / f"{phase}.safetensors"
+def config_path(settings: PretrainConfig, phase: str) -> Path:
+    return Path(settings.output) / "train" / f"{phase}.safetensors"
 
 
 def test_other_settings_do_not_resume(pictures, tmp_path):
-    config = tiny(pictures, tmp_path / "run")
-    stop_after(config, "autoencoder", step=3)
-    longer = replace(config, autoencoder=replace(config.autoencoder, steps=9))
+    settings = tiny(pictures, tmp_path / "run")
+    stop_after(settings, "autoencoder", step=3)
+    longer = replace(settings, autoencoder=replace(settings.autoencoder, steps=9))
     with pytest.raises(RunError, match="other settings"):
         list(pretrain(longer))
 
@@ -159,6 +164,11 @@ def test_standardised_latents_have_unit_variance_and_decode_the_same():
         assert torch.allclose(after.std, before.std / scale, rtol=1e-3)
         assert torch.allclose(vae.decode(after.mean).sample, decoded, atol=1e-3)
     assert isinstance(vae, AutoencoderKL)
+
+
+def test_the_recipe_is_the_defaults():
+    recipe = config.load(PretrainConfig, Path(config.__file__).parent / "recipes" / "pretrain.yaml")
+    assert recipe == PretrainConfig(output="emoji-model")
 
 
 def test_metadata_jsonl_and_centre_crop(tmp_path):

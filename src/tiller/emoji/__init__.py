@@ -12,7 +12,5 @@ def path() -> Path:
     from tiller.types import TillerError
 
     if not (MODEL / "model_index.json").exists():
-        raise TillerError(
-            f"the embedded model {MODEL} is missing; reinstall tiller or train it with `tiller pretrain`"
-        )
+        raise TillerError(f"the embedded model {MODEL} is missing; reinstall tiller or train it with `tiller pretrain`")
     return MODEL

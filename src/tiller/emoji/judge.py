@@ -34,6 +34,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 """What the judge tells apart, for each fact."""
 
+PLAIN = ("count", "size", "place", "colour")  # the facts that are read directly
 FLOOR = -10.0  # log-probabilities below this count as this, so that one fact cannot drown the others
 _MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -47,13 +48,27 @@ class Judge(nn.Module):
         widths = [(3, 32, 2), (32, 64, 1), (64, 96, 2), (96, 128, 1), (128, 192, 2), (192, 192, 1)]
         for before, after, stride in widths:
             layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        layers += [nn.Conv2d(192, 40, 1), nn.Flatten(), nn.Linear(40 * 64, 192), nn.ReLU()]
-        self.body = nn.Sequential(*layers)
-        self.heads = nn.ModuleDict({fact: nn.Linear(192, len(names)) for fact, names in CLASSES.items()})
+        self.body = nn.Sequential(*layers)  # (N, 192, 8, 8)
+        self.what = nn.Conv2d(192, 256, 1)
+        self.glyphs = nn.Linear(256, len(CLASSES["second"]))
+        self.where = nn.Conv2d(192, 32, 1)
+        self.join = nn.Linear(256 + 32 * 64, 224)
+        self.heads = nn.ModuleDict({fact: nn.Linear(224, len(CLASSES[fact])) for fact in PLAIN})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = self.body(pictures)  # (N, 192)
-        return {fact: F.log_softmax(head(features).float(), dim=-1) for fact, head in self.heads.items()}
+        seen = self.body(pictures)
+        what = F.relu(self.what(seen))  # (N, 256, 8, 8)
+        most = what.amax((2, 3))  # (N, 256): what is there, wherever it is
+        where = F.relu(self.where(seen)).flatten(1)  # (N, 2048)
+        features = F.relu(self.join(torch.cat([most, where], dim=1)))
+        read = {fact: head(features).float().log_softmax(-1) for fact, head in self.heads.items()}
+        pairs = pair_log_probabilities(self.glyphs(most).float())  # (N, 73, 73)
+        maps = torch.einsum("kc,nchw->nkhw", self.glyphs.weight, what).float()  # how much each place looks like each
+        return read | {
+            "first": pairs.logsumexp(2)[:, : len(NOUNS)],
+            "second": pairs.logsumexp(1),
+            "relation": relation_log_probabilities(maps, pairs),
+        }
 
     @classmethod
     def load(cls, path: Path = WEIGHTS) -> Judge:
@@ -69,6 +84,30 @@ class Judge(nn.Module):
         """Log-probabilities {fact: (N, classes)} for pictures of any size."""
         parts = [self(as_tensor(images[i : i + 64])) for i in range(0, len(images), 64)]
         return {fact: torch.cat([part[fact] for part in parts]) for fact in CLASSES}
+
+
+def pair_log_probabilities(glyphs: Tensor) -> Tensor:
+    """Of scores (N, K) for each glyph and, last, for nothing: log p(first, second), (N, K, K), first < second.
+
+    p(a, b) is proportional to exp(score_a + score_b), so that pairs never seen together are as good as others.
+    """
+    count = glyphs.shape[1]
+    ordered = torch.ones(count, count, dtype=torch.bool, device=glyphs.device).triu(1)
+    scores = glyphs[:, :, None] + glyphs[:, None, :]
+    scores = scores.masked_fill(~ordered, -1e4)
+    return scores.flatten(1).log_softmax(-1).view_as(scores)
+
+
+def relation_log_probabilities(maps: Tensor, pairs: Tensor) -> Tensor:
+    """Where the first of the likeliest pair is from the second: (N, 4), from the centres of their maps (N, K, h, w)."""
+    rows, count = torch.arange(len(maps), device=maps.device), pairs.shape[1]
+    best = pairs.flatten(1).argmax(1)
+    places = maps.flatten(2).softmax(-1).view_as(maps)  # each map as a distribution over places
+    x = (places.sum(2) * torch.linspace(-1, 1, maps.shape[3], device=maps.device)).sum(-1)  # (N, K)
+    y = (places.sum(3) * torch.linspace(-1, 1, maps.shape[2], device=maps.device)).sum(-1)
+    right = x[rows, best // count] - x[rows, best % count]
+    down = y[rows, best // count] - y[rows, best % count]
+    return (8 * torch.stack([-right, right, -down, down], dim=1)).log_softmax(-1)
 
 
 def as_tensor(images: Sequence[Image.Image]) -> Tensor:
@@ -99,9 +138,7 @@ def stated(facts: Facts) -> dict[str, int]:
 
 def truth(scene: Scene) -> dict[str, int]:
     """{fact: class} for everything that can be seen in a drawn scene, stated or not."""
-    facts = Facts(
-        scene.noun, scene.count, scene.activity, scene.other, scene.relation, None, None, scene.colour
-    )
+    facts = Facts(scene.noun, scene.count, scene.activity, scene.other, scene.relation, None, None, scene.colour)
     found = stated(facts)
     alone = scene.count == 1 and not scene.activity and not scene.other
     if not scene.activity and not scene.other:

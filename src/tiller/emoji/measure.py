@@ -80,9 +80,7 @@ def sheet(images: Sequence[Image.Image], prompts: Sequence[str], columns: int, z
         x, y = i % columns * (side + 4), i // columns * cell
         page.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
         middle = prompt.rfind(" ", 0, 23) if len(prompt) > 22 else len(prompt)
-        pen.text(
-            (x + 1, y + side), prompt[:middle] + "\n" + prompt[middle:].strip(), fill="black", font_size=10
-        )
+        pen.text((x + 1, y + side), prompt[:middle] + "\n" + prompt[middle:].strip(), fill="black", font_size=10)
     return page
 
 

@@ -1,6 +1,6 @@
 """Trains the gold judge on freshly drawn scenes, clean, noisy, blurred and passed through an autoencoder.
 
-python -m tiller.emoji.train_judge OUTPUT.safetensors [--steps 1600] [--pipeline FOLDER]
+python -m tiller.emoji.train_judge OUTPUT.safetensors [--steps 3000] [--pipeline FOLDER]
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiller.emoji import scenes
 from tiller.emoji.judge import CLASSES, Judge, as_tensor, truth
 from tiller.emoji.words import ACTIVITIES, UNSEEN_ACTIVITIES
 
-KINDS = ("alone", "activity", "activity", "count", "count", "size", "place", "relation")
+KINDS = ("alone", "activity", "count", "count", "size", "place", *("relation",) * 6)
 UNKNOWN = -100  # cross_entropy passes over it
 
 
@@ -41,7 +41,7 @@ def spoil(pictures: Tensor, rng: np.random.Generator, vae: AutoencoderKL | None)
     blurred = fate < 0.25
     small = F.interpolate(out[blurred], size=int(rng.integers(24, 56)), mode="bilinear", antialias=True)
     out[blurred] = F.interpolate(small, size=64, mode="bilinear")
-    coded = (fate > 0.7) if vae is not None else torch.zeros_like(blurred)
+    coded = (fate > 0.85) if vae is not None else torch.zeros_like(blurred)
     if vae is not None and coded.any():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(out[coded]).latent_dist.mean.float()
@@ -99,26 +99,25 @@ def main() -> None:
     """Trains, measures, writes fp16 safetensors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument(
-        "--pipeline", type=Path, help="a pipeline folder whose autoencoder blurs some pictures"
-    )
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--pipeline", type=Path, help="a pipeline folder whose autoencoder blurs some pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--start", type=Path, help="weights to go on from; those of other shapes are passed over")
     options = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(options.pipeline / "vae").float() if options.pipeline else None
     torch.manual_seed(0)
     judge = Judge()
-    for step, loss in train(judge, options.steps, vae=vae):
+    if options.start:
+        judge.load_state_dict({n: t.float() for n, t in load_file(options.start).items()}, strict=False)
+    for step, loss in train(judge, options.steps, lr=options.lr, seed=options.seed, vae=vae):
         if step % 100 == 0:
             print(f"{step}/{options.steps}  loss {loss:.3f}", flush=True)
     for name, spoiled in {"clean": {}, "noise 0.2": {"noise": 0.2}, "blur to 32": {"blur": 32}}.items():
         print(name, {k: round(v, 4) for k, v in accuracy(judge, 1000, 1, **spoiled).items()}, flush=True)  # type: ignore[arg-type]
     if vae is not None:
-        print(
-            "autoencoder", {k: round(v, 4) for k, v in accuracy(judge, 1000, 1, vae=vae).items()}, flush=True
-        )
-    state = {
-        n: (t.half() if t.is_floating_point() else t).contiguous() for n, t in judge.state_dict().items()
-    }
+        print("autoencoder", {k: round(v, 4) for k, v in accuracy(judge, 1000, 1, vae=vae).items()}, flush=True)
+    state = {n: (t.half() if t.is_floating_point() else t).contiguous() for n, t in judge.state_dict().items()}
     save_file(state, options.output)
 
 

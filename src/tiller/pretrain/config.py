@@ -14,7 +14,7 @@ class AutoencoderConfig:
 
     channels: tuple[int, ...] = (24, 48, 96, 128)
     latent_channels: int = 8
-    steps: int = 3000
+    steps: int = 3200
     batch: int = 16
     lr: float = 1e-3
     kl: float = 5e-4  # weight of the KL divergence, mean over latent elements
@@ -28,7 +28,7 @@ class DenoiserConfig:
     layers: int = 1
     text_width: int = 192
     text_layers: int = 2
-    steps: int = 8000
+    steps: int = 5000
     batch: int = 48
     lr: float = 1e-3
     drop: float = 0.1  # share of captions replaced by "", for guidance
@@ -41,9 +41,9 @@ class DenoiserConfig:
 class DecoderConfig:
     """Last phase: the decoder alone goes on, on latents with a little noise, the encoder stays as it is."""
 
-    steps: int = 2000
+    steps: int = 1950
     batch: int = 16
-    lr: float = 5e-4
+    lr: float = 1e-3
     noise: float = 0.15  # standard deviation, in latents of unit variance
 
 
