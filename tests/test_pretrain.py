@@ -91,7 +91,7 @@ def test_folder_becomes_a_plain_pipeline_and_resumes_bit_for_bit(pictures, tmp_p
     suffixes = {p.suffix for p in (tmp_path / "whole").rglob("*") if p.is_file()}
     assert suffixes <= {".safetensors", ".json", ".txt"}  # no pickle
 
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "whole" / "pipeline", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "whole" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red square", num_inference_steps=2, guidance_scale=3.0).images[0]
     assert image.size == (32, 32)

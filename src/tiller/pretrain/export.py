@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +16,9 @@ from transformers import CLIPTokenizer
 from tiller.pretrain.denoiser import Denoiser, schedule
 
 
-def pipeline(vae: AutoencoderKL, text: nn.Module, unet: nn.Module, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+def pipeline(
+    vae: AutoencoderKL, text: nn.Module, unet: nn.Module, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
     """The parts as one pipeline."""
     parts: dict[str, Any] = {"vae": vae, "text_encoder": text, "unet": unet, "tokenizer": tokenizer}
     parts |= {
@@ -27,13 +30,16 @@ def pipeline(vae: AutoencoderKL, text: nn.Module, unet: nn.Module, tokenizer: CL
     return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
-def export(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, folder: Path, half: bool = True) -> None:
+def export(
+    vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, folder: Path, half: bool = True
+) -> None:
     """Writes the folder beside and renames it into place; weights in fp16."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as beside:
         new, old = Path(beside) / "new", Path(beside) / "old"
         pipe = pipeline(halved(vae), halved(model.text), halved(model.unet), tokenizer)
         pipe.save_pretrained(new, safe_serialization=True)
+        _load_in_fp32(new / "text_encoder" / "config.json")
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -42,7 +48,16 @@ def export(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, folder
 
 def halved(part: Any) -> Any:
     """A copy of a diffusers or transformers model with fp16 weights."""
-    make = getattr(type(part), "from_config", type(part))  # transformers' models take the configuration itself
+    make = getattr(
+        type(part), "from_config", type(part)
+    )  # transformers' models take the configuration itself
     copy = make(part.config)
     copy.load_state_dict(part.state_dict())
     return copy.half()
+
+
+def _load_in_fp32(path: Path) -> None:
+    """Has transformers load these weights in fp32, as diffusers does its own, where no type is asked for."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["dtype"] = "float32"
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
