@@ -40,6 +40,10 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
         lambda: tiny.tiny_sd(scheduler=tiny.scheduler("DPMSolverMultistepScheduler", use_karras_sigmas=True)),
         TEXT,
     ),
+    "sd_sde": (
+        lambda: tiny.tiny_sd(scheduler=tiny.scheduler("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++")),
+        {**TEXT, "num_inference_steps": 4},
+    ),
     "sd_unipc": (lambda: tiny.tiny_sd(scheduler=tiny.scheduler("UniPCMultistepScheduler")), TEXT),
     "sd_pndm": (lambda: tiny.tiny_sd(scheduler=tiny.scheduler("PNDMScheduler", skip_prk_steps=True)), TEXT),
     "sd_heun": (lambda: tiny.tiny_sd(scheduler=tiny.scheduler("HeunDiscreteScheduler")), TEXT),

@@ -98,7 +98,7 @@ def read(scheduler: Any, timestep: float, x0: Tensor | None = None, per_token: T
         return Stage(Point(1 - here, here), Point(1 - there, there), "flow", sign=-1.0)
     if hasattr(scheduler, "ets") and hasattr(scheduler, "betas") and not hasattr(scheduler, "alphas_cumprod"):  # IPNDM
         at = scheduler._step_index - 1
-        now, then = (Point(float(scheduler.alphas[i]), float(scheduler.betas[i])) for i in (at, at + 1))
+        now, then = (Point(max(float(scheduler.alphas[i]), 1e-8), float(scheduler.betas[i])) for i in (at, at + 1))
         return Stage(now, then, "epsilon")
     if hasattr(scheduler, "sigmas") and getattr(scheduler, "_step_index", None) is not None:
         index = scheduler._step_index - 1

@@ -112,8 +112,14 @@ def one_call_per_step(pipe: DiffusionPipeline) -> Iterator[None]:
             for name, scheduler in seam.schedulers(pipeline).items():
                 simpler = ONE_CALL_PER_STEP.get(type(scheduler).__name__)
                 if simpler is not None and vars(pipeline).get(name) is scheduler:
-                    stack.enter_context(seam.attribute(pipeline, name, simpler.from_config(scheduler.config)))
+                    stack.enter_context(seam.attribute(pipeline, name, _kin(simpler, scheduler)))
         yield
+
+
+def _kin(simpler: Any, scheduler: Any) -> Any:
+    """A scheduler of class `simpler` with the noise schedule of `scheduler`, which it may not know by name."""
+    betas = {"trained_betas": scheduler.betas.tolist()} if hasattr(scheduler, "betas") else {}
+    return simpler.from_config(scheduler.config, **betas)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tiller.policy.carried import Carried, cut, moment, since
 from tiller.policy.noise import standard_normal
 from tiller.policy.rollout import Record, Rollout, Step
 from tiller.policy.seam import StepCall, first, with_first
-from tiller.policy.transition import meet, rows, storage, transition
+from tiller.policy.transition import meet, restore, rows, state, storage, transition
 from tiller.process import Stage
 from tiller.types import PipelineError
 
@@ -35,6 +35,7 @@ class Recorder:
         self.calls = 0  # of scheduler.step
         self.positions: dict[int, int | None] = {}  # by scheduler: its step index before its last step
         self.carried = Carried()
+        self.memory: Any = None
         self.handed: tuple[Tensor, int] | None = None  # the last action as the pipeline got it, and its version
 
     def forward(self, name: str) -> Callable[..., Any]:
@@ -71,6 +72,7 @@ class Recorder:
         if kind not in self.kernels:
             self.kernels[kind] = meet(call, self.kernel)
         kernel = self.kernels[kind]
+        self.memory = (state(call.scheduler), call.history) if isinstance(kernel, Stock) else None
         answer, gaussian, _ = transition(kernel, call)
         if not gaussian.has_density:
             return self._write(call, answer, gaussian.mean.to(storage(call, answer)), None, kernel)
@@ -89,7 +91,8 @@ class Recorder:
     def _write(self, call: StepCall, answer: Any, action: Tensor, gaussian: Gaussian | None, kernel: Kernel) -> Any:
         score = None if gaussian is None else log_prob(action, gaussian, rows(action, self.batch_size))
         std = None if gaussian is None else float(torch.as_tensor(gaussian.std).mean())
-        self.records.append(Record(call.timestep, self._kept(call.sample), action.clone(), kernel, score, std))
+        sample = self._kept(call.sample)
+        self.records.append(Record(call.timestep, sample, action.clone(), kernel, score, std, self.memory))
         self.handed = (action, action._version)
         return with_first(answer, action)
 
@@ -161,6 +164,10 @@ class Replayer:
                 f"no gradient reaches the denoiser of {self.pipeline} at step {index}: its loop cuts the graph between "
                 "the denoiser and scheduler.step; use another pipeline of the same model."
             )
+        if wanted and record.memory is not None:  # of steps at which no denoiser may have run
+            known, history = record.memory
+            restore(call.scheduler, known)
+            call.with_history(history)
         with torch.set_grad_enabled(wanted and self.grad and isinstance(record.kernel, Stock)):
             answer, gaussian, stage = transition(record.kernel, call, lazy=True)
         cut(vars(call.scheduler))

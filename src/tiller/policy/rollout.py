@@ -24,6 +24,7 @@ class Record:
     kernel: Kernel  # what drew it
     log_prob: Tensor | None  # (B,) float32; None where the transition has no density
     std: float | None  # mean standard deviation of the transition, for the log; None where it has no density
+    memory: Any = field(default=None, repr=False)  # what a scheduler that draws by itself knew of earlier steps
 
 
 @dataclass(frozen=True)

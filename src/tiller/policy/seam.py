@@ -46,6 +46,17 @@ class StepCall:
         self.denoised: Tensor | None = given.get("pred_original_sample")
         self.per_token: Tensor | None = given.get("per_token_timesteps")
         self.position: int | None = getattr(scheduler, "_step_index", None)  # before the step
+        self.may_draw = "generator" in arguments.signature.parameters
+
+    @property
+    def history(self) -> dict[str, Tensor]:
+        """What the pipeline hands back to the scheduler of its earlier steps (CogVideoX's DPM solver)."""
+        given = self._arguments.arguments
+        return {name: value for name, value in given.items() if name.startswith("old_") and isinstance(value, Tensor)}
+
+    def with_history(self, history: dict[str, Tensor]) -> None:
+        """Put such tensors in the place of those given."""
+        self._arguments.arguments.update(history)
 
     def solve(self, output: Tensor, sample: Tensor) -> Any:
         """What the scheduler itself returns; its state moves on by one step."""

@@ -48,10 +48,10 @@ def _own_gaussian(call: StepCall) -> tuple[Any, Gaussian]:
     Every scheduler adds its noise linearly, so two answers, one without noise and one with a constant in its place,
     give mean and standard deviation; a learned variance keeps its graph.
     """
-    before = _state(call.scheduler)
+    before = state(call.scheduler)
     exact = call.output.float(), call.sample.float()
     shifted, drew = call.solve_with_noise(*exact, size=PROBE)
-    _restore(call.scheduler, before)
+    restore(call.scheduler, before)
     answer, _ = call.solve_with_noise(*exact, size=0.0)
     mean = first(answer)
     std = _scalar((first(shifted) - mean) / PROBE) if drew else 0.0
@@ -79,13 +79,15 @@ def meet(call: StepCall, asked: Kernel | None) -> Kernel:
     for flow models. Our reading of a deterministic scheduler must agree with its own first step, where all solvers
     are of first order.
     """
-    before = _state(call.scheduler)
+    before = state(call.scheduler)
     _, own = _own_gaussian(call)
     stage = read(call.scheduler, call.timestep, call.denoised, call.per_token)
-    _restore(call.scheduler, before)
+    restore(call.scheduler, before)
     name = type(call.scheduler).__name__
     if isinstance(asked, Stock) or (asked is None and own.has_density):
         return Stock()
+    if stage is None and asked is None and call.may_draw:
+        return Stock()  # it is random, but not at a last step such as this one
     if stage is None:
         raise PipelineError(
             f"{name} is of no family that tiller can add noise to; put another scheduler into the pipeline, for "
@@ -112,14 +114,15 @@ def _scalar(std: float | Tensor) -> float | Tensor:
     return float(middle) if constant else std
 
 
-def _state(scheduler: Any) -> dict[str, Any]:
+def state(scheduler: Any) -> dict[str, Any]:
     """A scheduler's attributes, with its lists copied one level deep: multistep solvers shift them in place."""
     return {name: list(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}
 
 
-def _restore(scheduler: Any, state: dict[str, Any]) -> None:
+def restore(scheduler: Any, state: dict[str, Any]) -> None:
+    """Put such attributes back; the lists are copied again, so that the same state can be put back twice."""
     vars(scheduler).clear()
-    vars(scheduler).update(state)
+    vars(scheduler).update({name: list(value) if isinstance(value, list) else value for name, value in state.items()})
 
 
 def storage(call: StepCall, answer: Any) -> torch.dtype:
