@@ -18,7 +18,7 @@ from tiller.recipe import Recipe
 from tiller.run import Interrupted, Interrupts, Run, claim, folder, identity
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
-from tiller.train import Report
+from tiller.training import Report
 from tiller.types import RunError
 
 SETTINGS = TrainConfig(ema_decay=0.5, learning_rate=0.1)

@@ -15,7 +15,7 @@ from tiller.algorithms import DDPO
 from tiller.policy import Policy
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
-from tiller.train import train
+from tiller.training import train
 from tiller.types import RunError
 from toy import brightness, toy
 

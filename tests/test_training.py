@@ -17,7 +17,7 @@ from tiller.metrics import Clock
 from tiller.policy import Policy, Step
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
-from tiller.train import GIVE_UP_AFTER, Batch, collect, train, update
+from tiller.training import GIVE_UP_AFTER, Batch, collect, train, update
 from tiller.types import ConfigError, Prompt, TillerError
 from toy import ToyPipeline, brightness, toy
 

@@ -67,3 +67,25 @@ def test_adapters_come_back_after_an_error() -> None:
 def test_all_weights_are_trained_without_a_rank() -> None:
     policy = Policy(tiny.tiny_sd(), lora_rank=None)
     assert set(policy.parameters) == {f"unet.{name}" for name, _ in policy.pipe.unet.named_parameters()}
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_weights_with_channels_last_are_saved_and_keep_their_layout(rank: int | None, tmp_path: Any) -> None:
+    """safetensors takes contiguous tensors only; training goes on in the layout that it had."""
+    policy = Policy(tiny.tiny_sd(), lora_rank=rank, target_modules=["to_q", "conv1"])
+    policy.pipe.unet.to(memory_format=torch.channels_last)
+    for parameter in policy.parameters.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    strides = [parameter.stride() for parameter in policy.parameters.values()]
+    call = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
+    picture = policy.stock("a cat", **call)
+    policy.save(tmp_path)
+    assert [parameter.stride() for parameter in policy.parameters.values()] == strides
+    if rank is None:
+        again = type(policy.pipe).from_pretrained(tmp_path, safety_checker=None)
+    else:
+        again = tiny.tiny_sd()
+        again.load_lora_weights(tmp_path)
+    torch.testing.assert_close(
+        torch.tensor(Policy(again, lora_rank=None).stock("a cat", **call)), torch.tensor(picture), atol=1e-5, rtol=0
+    )

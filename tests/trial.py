@@ -33,7 +33,7 @@ from tiller.recipe import Model, Recipe
 from tiller.run import Interrupts, Run, checkpoints, files, lines
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
-from tiller.train import train
+from tiller.training import train
 
 PROMPTS = ["a cat", "a dog", "two birds"]
 SAMPLING = {"num_inference_steps": 2, "height": 16, "width": 16}

@@ -32,8 +32,9 @@ def algorithm(recipe: Recipe) -> Algorithm:
 
 def policy(model: Model, seed: int) -> Policy:
     """The pipeline, loaded and put on its device, with fresh adapters."""
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     loaded = Policy.from_pretrained(
         model.name,
         lora_rank=model.lora_rank,
@@ -42,7 +43,7 @@ def policy(model: Model, seed: int) -> Policy:
         mixed_precision=model.mixed_precision,
         seed=seed,
         device=device(model.device),
-        torch_dtype=DTYPES[model.dtype],
+        dtype=DTYPES[model.dtype],
         **{key: getattr(model, key) for key in ("revision", "variant") if getattr(model, key) is not None},
     )
     bfloat16 = model.mixed_precision == "bf16" or model.dtype == "bfloat16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -25,8 +26,8 @@ from tiller.rewards import resolve
 from tiller.run import Interrupts, Run
 from tiller.state import TrainState
 from tiller.trackers import Tracker, tracker
-from tiller.train import Report, train
-from tiller.types import Prompt
+from tiller.training import Report, train
+from tiller.types import Prompt, RunError
 
 
 def run(recipe: Recipe, name: str, resume: bool = False) -> int:
@@ -49,7 +50,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
         terminal.say(f"{recipe.model.name} towards {recipe.reward}, in {folder}, from epoch {state.epoch}")
         with Interrupts(record.save_last) as interrupts:
             shown = Shown(policy, recipe, prompts, record, world)
-            base = _base_scores(policy, recipe, splits, rewards, folder, world)
+            base = _base_scores(policy, recipe, splits, rewards, folder, state)
             shown.pictures(state)
             pace = Pace(state.epoch, recipe.train.epochs)
             reports = train(
@@ -117,13 +118,23 @@ class Shown:
 
 
 def _base_scores(
-    policy: Policy, recipe: Recipe, splits: Mapping[str, list[Prompt]], rewards: Mapping, folder: Path, world: World
+    policy: Policy,
+    recipe: Recipe,
+    splits: Mapping[str, list[Prompt]],
+    rewards: Mapping,
+    folder: Path,
+    state: TrainState,
 ) -> dict[str, Evaluated]:
-    """The scores of the model as it was before training: made once, kept in the run folder."""
-    file = folder / "evaluation" / "base.json"
+    """The scores of the model as it was before training, on these settings: made once, kept in the run folder."""
+    settings = json.dumps([config.to_mapping(recipe.evaluation), recipe.held_out], sort_keys=True, default=str)
+    file = folder / "evaluation" / f"base-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
     if file.exists():
         return {split: Evaluated.from_data(data) for split, data in json.loads(file.read_text()).items()}
-    scores = evaluate_policy(policy, recipe, splits, rewards, world)
+    if state.epoch and recipe.model.lora_rank is None:
+        raise RunError("evaluation settings cannot change in the middle of a full fine-tuning; put them back.")
+    world = World()
+    with policy.base():
+        scores = evaluate_policy(policy, recipe, splits, rewards, world)
     if world.is_main:
         write_scores(file, scores)
     return scores

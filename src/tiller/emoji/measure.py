@@ -33,7 +33,7 @@ def prompts_of(kind: str, count: int, seed: int = 1) -> list[str]:
 
 def load(folder: Path) -> StableDiffusionPipeline:
     """The pipeline in fp32 with plain DDIM."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe

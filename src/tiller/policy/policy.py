@@ -72,7 +72,7 @@ class Policy:
     ) -> Policy:
         """`DiffusionPipeline.from_pretrained` with safetensors only and no remote code, and a `Policy` around it.
 
-        `loading` goes to diffusers as it is: torch_dtype, revision, variant, ...
+        `loading` goes to diffusers as it is: dtype, revision, variant, ...
         """
         from tiller.policy.loading import load_pipeline
 

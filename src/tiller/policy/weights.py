@@ -105,15 +105,18 @@ def adapters_off(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def lora_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by peft's names, without the adapter's name."""
-    return get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    """The adapter's tensors by peft's names, without the adapter's name; in the layout that safetensors asks for."""
+    return {
+        name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
+    }
 
 
 def save(policy: Policy, path: Path) -> Path:
     """See `Policy.save`."""
     path.mkdir(parents=True, exist_ok=True)
     if policy.lora_rank is None:
-        policy.pipe.save_pretrained(path, safe_serialization=True)
+        with _plain_layout(policy.denoisers):
+            policy.pipe.save_pretrained(path, safe_serialization=True)
         return path
     layers = {f"{part}_lora_layers": lora_state(module) for part, module in policy.denoisers.items()}
     metadata = {f"{part}_lora_adapter_metadata": _metadata(module) for part, module in policy.denoisers.items()}
@@ -122,12 +125,26 @@ def save(policy: Policy, path: Path) -> Path:
         saver(path, **layers, **{name: value for name, value in metadata.items() if name in _parameters(saver)})
     else:  # this pipeline has no LoRA loader of its own; peft's own layout, one prefix per part
         tensors = {
-            f"{part}.{name}": tensor.contiguous()
+            f"{part}.{name}": tensor
             for part, module in policy.denoisers.items()
             for name, tensor in lora_state(module).items()
         }
         save_file(tensors, path / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
     return path
+
+
+@contextmanager
+def _plain_layout(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Weights that lie in memory with their channels last are copied for safetensors, and put back as they were."""
+    strided = [p for module in modules.values() for p in module.parameters() if not p.is_contiguous()]
+    before = [parameter.data for parameter in strided]
+    for parameter in strided:
+        parameter.data = parameter.data.contiguous()
+    try:
+        yield
+    finally:
+        for parameter, data in zip(strided, before, strict=True):
+            parameter.data = data
 
 
 def _metadata(module: nn.Module) -> dict[str, Any]:
