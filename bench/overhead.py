@@ -24,7 +24,7 @@ from tiller import DDPO, Policy, TrainConfig, TrainState
 from tiller.distributed import World
 from tiller.policy import Rollout, Step
 from tiller.policy.seam import attribute
-from tiller.train import Batch, update
+from tiller.training import Batch, update
 from tiller.types import Scores
 
 

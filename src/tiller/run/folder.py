@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tiller.distributed import World
     from tiller.policy import Policy
     from tiller.trackers import Tracker
-    from tiller.train import Report
+    from tiller.training import Report
 
 T = TypeVar("T")
 LARGEST_KEPT = 4 << 30  # bytes of a state that is copied after every epoch, to be saved when a signal comes
