@@ -57,9 +57,7 @@ def tiny(pictures: Path, output: Path) -> PretrainConfig:
         save_every=3,
         precision="fp32",
         autoencoder=AutoencoderConfig(channels=(8, 16, 16), latent_channels=4, steps=5, batch=2),
-        denoiser=DenoiserConfig(
-            channels=(32, 32), text_width=48, text_layers=1, steps=5, batch=4, pool=8, epochs=1
-        ),
+        denoiser=DenoiserConfig(channels=(32, 32), text_width=48, text_layers=1, steps=5, batch=4, pool=8, epochs=1),
         decoder=DecoderConfig(steps=5, batch=2),
     )
 
@@ -95,9 +93,7 @@ def test_folder_becomes_a_plain_pipeline_and_resumes_bit_for_bit(pictures, tmp_p
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red square", num_inference_steps=2, guidance_scale=3.0).images[0]
     assert image.size == (32, 32)
-    settings = json.loads(
-        (tmp_path / "whole" / "pipeline" / "scheduler" / "scheduler_config.json").read_text()
-    )
+    settings = json.loads((tmp_path / "whole" / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
     assert (settings["clip_sample"], settings["set_alpha_to_one"], settings["steps_offset"]) == (
         False,
         False,

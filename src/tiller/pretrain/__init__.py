@@ -42,9 +42,7 @@ def pretrain(config: PretrainConfig) -> Iterator[Progress]:
     export(vae, model, words, Path(config.output) / "pipeline")
 
 
-def build(
-    config: PretrainConfig, source: data.Source, folder: Path
-) -> tuple[AutoencoderKL, Denoiser, CLIPTokenizer]:
+def build(config: PretrainConfig, source: data.Source, folder: Path) -> tuple[AutoencoderKL, Denoiser, CLIPTokenizer]:
     """The untrained parts, the same for the same seed."""
     words = tokenizer.build(data.vocabulary(source.texts(), config.words), PROMPT_TOKENS, folder)
     torch.manual_seed(config.seed)

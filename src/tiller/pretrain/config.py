@@ -52,9 +52,7 @@ class PretrainConfig:
     """What to learn from, where to write, and the three phases."""
 
     output: str = "model"
-    data: str = (
-        "emoji"  # "emoji", a folder of pictures with captions, or "hub:NAME" of a Hugging Face dataset
-    )
+    data: str = "emoji"  # "emoji", a folder of pictures with captions, or "hub:NAME" of a Hugging Face dataset
     size: int = 64  # pixels
     seed: int = 0
     words: int = 4000  # the most frequent words become one token each
@@ -79,6 +77,4 @@ class PretrainConfig:
                     raise ConfigError(f"{section}.{key} must be at least 1")
         levels = len(self.autoencoder.channels) + len(self.denoiser.channels) - 2
         if self.size <= 0 or self.size % 2**levels:
-            raise ConfigError(
-                f"size is {self.size}; with these channels it must be a multiple of {2**levels}"
-            )
+            raise ConfigError(f"size is {self.size}; with these channels it must be a multiple of {2**levels}")

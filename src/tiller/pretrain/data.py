@@ -66,9 +66,7 @@ class Folder:
 
     def __init__(self, folder: Path, size: int) -> None:
         if not folder.is_dir():
-            raise ConfigError(
-                f"data is {str(folder)!r}, but there is no such folder; give emoji, a folder or hub:NAME"
-            )
+            raise ConfigError(f"data is {str(folder)!r}, but there is no such folder; give emoji, a folder or hub:NAME")
         self.size, self.items = size, _captions(folder)
         if not self.items:
             raise ConfigError(
@@ -107,9 +105,7 @@ class Hub:
         columns = self.rows.column_names
         self.column = next((c for c in ("text", "caption") if c in columns), "")
         if "image" not in columns or not self.column:
-            raise ConfigError(
-                f"dataset {name} has the columns {columns}, but image and text (or caption) are needed"
-            )
+            raise ConfigError(f"dataset {name} has the columns {columns}, but image and text (or caption) are needed")
 
     def batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
         rows = [self.rows[i] for i in rng.integers(len(self.rows), size=count).tolist()]
@@ -138,9 +134,7 @@ def _captions(folder: Path) -> list[tuple[Path, str]]:
             raise ConfigError(f"a line of {listed} lacks {error}; each needs file_name and text") from error
     images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     return [
-        (p, p.with_suffix(".txt").read_text(encoding="utf-8").strip())
-        for p in images
-        if p.with_suffix(".txt").exists()
+        (p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in images if p.with_suffix(".txt").exists()
     ]
 
 

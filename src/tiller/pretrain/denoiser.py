@@ -62,9 +62,7 @@ class Denoiser(nn.Module):
             attention_head_dim=4,  # diffusers reads this as the number of heads
             norm_num_groups=math.gcd(32, *config.channels),
         ).to(memory_format=torch.channels_last)
-        self.unet.set_attn_processor(
-            AttnProcessor()
-        )  # for so few tokens faster on a CPU than the fused kernel
+        self.unet.set_attn_processor(AttnProcessor())  # for so few tokens faster on a CPU than the fused kernel
 
     def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         states = self.text(tokens).last_hidden_state  # (B, L, D)

@@ -16,9 +16,7 @@ from transformers import CLIPTokenizer
 from tiller.pretrain.denoiser import Denoiser, schedule
 
 
-def pipeline(
-    vae: AutoencoderKL, text: nn.Module, unet: nn.Module, tokenizer: CLIPTokenizer
-) -> StableDiffusionPipeline:
+def pipeline(vae: AutoencoderKL, text: nn.Module, unet: nn.Module, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     """The parts as one pipeline."""
     parts: dict[str, Any] = {"vae": vae, "text_encoder": text, "unet": unet, "tokenizer": tokenizer}
     parts |= {
@@ -30,9 +28,7 @@ def pipeline(
     return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
-def export(
-    vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, folder: Path, half: bool = True
-) -> None:
+def export(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, folder: Path, half: bool = True) -> None:
     """Writes the folder beside and renames it into place; weights in fp16."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as beside:
@@ -48,9 +44,7 @@ def export(
 
 def halved(part: Any) -> Any:
     """A copy of a diffusers or transformers model with fp16 weights."""
-    make = getattr(
-        type(part), "from_config", type(part)
-    )  # transformers' models take the configuration itself
+    make = getattr(type(part), "from_config", type(part))  # transformers' models take the configuration itself
     copy = make(part.config)
     copy.load_state_dict(part.state_dict())
     return copy.half()

@@ -44,9 +44,7 @@ def autocast(config: PretrainConfig) -> torch.autocast:
     return torch.autocast(device_of(config).type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def train_autoencoder(
-    vae: AutoencoderKL, source: Source, config: PretrainConfig, folder: Path
-) -> Iterator[Progress]:
+def train_autoencoder(vae: AutoencoderKL, source: Source, config: PretrainConfig, folder: Path) -> Iterator[Progress]:
     """Encoder and decoder together; at the end latents are standardised."""
     settings = config.autoencoder
     training, device = Training(vae, settings.lr, settings.steps), device_of(config)
@@ -81,9 +79,7 @@ def encode(vae: AutoencoderKL, pictures: Tensor, config: PretrainConfig) -> tupl
 class Pool:
     """Encoded pictures and their tokens, drawn anew every `epochs` passes; a function of the step alone."""
 
-    def __init__(
-        self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, source: Source, config: PretrainConfig
-    ) -> None:
+    def __init__(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, source: Source, config: PretrainConfig) -> None:
         self.vae, self.tokenizer, self.source, self.config = vae, tokenizer, source, config
         self.index = -1
         self.nothing = denoiser.tokenise(tokenizer, [""])[0]  # (L,)
@@ -115,15 +111,11 @@ class Pool:
         mean, std = self.means[chosen].float(), self.stds[chosen].float()
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         # one timestep from each of B equal parts of the schedule: the same mean, less variance
-        timesteps = torch.from_numpy(
-            (np.arange(settings.batch) + rng.random(settings.batch)) * 1000 / settings.batch
-        )
+        timesteps = torch.from_numpy((np.arange(settings.batch) + rng.random(settings.batch)) * 1000 / settings.batch)
         return latents, tokens, timesteps.long(), torch.randn(mean.shape, generator=generator)
 
 
-def train_denoiser(
-    model: denoiser.Denoiser, pool: Pool, config: PretrainConfig, folder: Path
-) -> Iterator[Progress]:
+def train_denoiser(model: denoiser.Denoiser, pool: Pool, config: PretrainConfig, folder: Path) -> Iterator[Progress]:
     """U-Net and text encoder together; at the end the model holds the averaged weights."""
     settings = config.denoiser
     training = Training(model, settings.lr, settings.steps, settings.ema)
@@ -139,9 +131,7 @@ def train_denoiser(
     training.use_average()
 
 
-def train_decoder(
-    vae: AutoencoderKL, source: Source, config: PretrainConfig, folder: Path
-) -> Iterator[Progress]:
+def train_decoder(vae: AutoencoderKL, source: Source, config: PretrainConfig, folder: Path) -> Iterator[Progress]:
     """The decoder alone, on slightly noisy latents: it learns to draw what a denoiser only nearly says."""
     settings = config.decoder
     vae.encoder.requires_grad_(False)
@@ -152,13 +142,9 @@ def train_decoder(
         pictures, _ = source.batch(numpy_stream(config, DECODER, step), settings.batch)
         generator = torch_stream(config, DECODER, step)
         mean, std = encode(vae, pictures, config)
-        spread = (
-            std.square() + (settings.noise * torch.rand(len(mean), 1, 1, 1, generator=generator)) ** 2
-        ).sqrt()
+        spread = (std.square() + (settings.noise * torch.rand(len(mean), 1, 1, 1, generator=generator)) ** 2).sqrt()
         latents = mean + spread * torch.randn(mean.shape, generator=generator).to(device)
         with autocast(config):
             return autoencoder.reconstruction_loss(vae.decode(latents).sample, pictures.to(device))
 
-    yield from optimise(
-        training, loss, "decoder", settings.batch, folder / "decoder.safetensors", config.save_every
-    )
+    yield from optimise(training, loss, "decoder", settings.batch, folder / "decoder.safetensors", config.save_every)

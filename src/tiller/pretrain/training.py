@@ -80,9 +80,7 @@ class Training:
             return False
         state, about = load_file(path), read_metadata(path)
         if int(about["steps"]) != self.steps or any(f"weight.{n}" not in state for n in self.parameters):
-            raise RunError(
-                f"{path} belongs to other settings; choose another output folder or delete this one"
-            )
+            raise RunError(f"{path} belongs to other settings; choose another output folder or delete this one")
         self.step = int(about["step"])
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"weight.{name}"])
