@@ -11,6 +11,7 @@ import torch
 import tiny
 import tiny_more
 from tiller.policy import Policy, weights
+from tiller.types import PipelineError
 
 EXPECTED: list[tuple[Callable[[], Any], set[str]]] = [
     (tiny.tiny_sd, {"unet"}),
@@ -89,3 +90,12 @@ def test_weights_with_channels_last_are_saved_and_keep_their_layout(rank: int | 
     torch.testing.assert_close(
         torch.tensor(Policy(again, lora_rank=None).stock("a cat", **call)), torch.tensor(picture), atol=1e-5, rtol=0
     )
+
+
+def test_a_pipeline_with_adapters_of_its_own_is_refused(tmp_path: Any) -> None:
+    """Fresh adapters would silently switch the others off."""
+    Policy(tiny.tiny_sd(), lora_rank=2).save(tmp_path)
+    pipe = tiny.tiny_sd()
+    pipe.load_lora_weights(tmp_path)
+    with pytest.raises(PipelineError, match="unet has adapters already; fuse them"):
+        Policy(pipe, lora_rank=2)

@@ -57,6 +57,9 @@ def add_lora(
 
     By default the attention projections; where a denoiser has none by diffusers' names, all of its linear layers.
     """
+    for part, module in modules.items():
+        if any(isinstance(layer, BaseTunerLayer) for layer in module.modules()):
+            raise PipelineError(f"{part} has adapters already; fuse them (pipe.fuse_lora()) or unload them first.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part, module in modules.items():
