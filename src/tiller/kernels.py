@@ -189,7 +189,7 @@ class ODE:
 
 @dataclass(frozen=True)
 class Stock:
-    """The pipeline's own scheduler, untouched; its density is read off by asking it twice (see `policy.recorder`)."""
+    """The pipeline's own scheduler, untouched; its density is read off by asking it twice (see `policy.transition`)."""
 
     @property
     def deterministic(self) -> bool:

@@ -1,7 +1,7 @@
 """Noise processes: where on x = α·x0 + σ·ε a scheduler stands, and what a model's output says about x0 and ε.
 
 `read` is the only place that knows diffusers' scheduler families. What it says is checked against the scheduler's own
-arithmetic at the first step of every recording (`policy.recorder`), so a wrong reading cannot pass unseen.
+arithmetic at the first step of every recording (`policy.transition`), so a wrong reading cannot pass unseen.
 """
 
 from __future__ import annotations

@@ -78,21 +78,14 @@ def since(tensor: Tensor, start: int) -> Tensor:
 
 def cut(value: Any, depth: int = 4) -> None:
     """Detach, in place, every tensor that is held by dicts, lists and objects: an earlier step's graph ends there."""
-    if isinstance(value, dict):
-        for name, item in list(value.items()):
+    if isinstance(value, (dict, list)):
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
             if isinstance(item, Tensor):
                 if item.requires_grad and not item.is_leaf:
-                    value[name] = item.detach()
+                    value[key] = item.detach()
             elif depth:
                 cut(item, depth - 1)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            if isinstance(item, Tensor):
-                if item.requires_grad and not item.is_leaf:
-                    value[index] = item.detach()
-            elif depth:
-                cut(item, depth - 1)
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple) and depth:
         for item in value:
             cut(item, depth - 1)
     elif hasattr(value, "__dict__") and not isinstance(value, (type, Tensor, torch.nn.Module)) and depth:

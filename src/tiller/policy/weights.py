@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,8 +157,6 @@ def _metadata(module: nn.Module) -> dict[str, Any]:
 
 
 def _parameters(function: Any) -> list[str]:
-    import inspect
-
     return list(inspect.signature(function).parameters)
 
 
