@@ -188,6 +188,35 @@ class ODE:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Noise inside a window of steps only, the pipeline's own solver elsewhere (Li et al. 2025, MixGRPO, section 3).
+
+    Steps `first` to `first + size - 1` are drawn from `inside`; the others have no density.
+    """
+
+    inside: Kernel | None  # None leaves it to the policy
+    first: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.size < 1:
+            raise ConfigError(f"a window of {self.size} steps from step {self.first} holds none; start at 0 or later.")
+        if self.inside is not None and self.inside.deterministic:
+            raise ConfigError(f"{self.inside} draws no noise, so a window of it trains nothing; take one with noise.")
+
+    @property
+    def deterministic(self) -> bool:
+        return False
+
+    def at(self, index: int) -> Kernel | None:
+        """The kernel of step `index`."""
+        return self.inside if self.first <= index < self.first + self.size else ODE()
+
+    def transition(self, x: Tensor, x0: Tensor, eps: Tensor, now: Point, then: Point) -> Gaussian:
+        raise NotImplementedError("a window's transition depends on the step; ask the kernel that `at` returns.")
+
+
+@dataclass(frozen=True)
 class Stock:
     """The pipeline's own scheduler, untouched; its density is read off by asking it twice (see `policy.transition`)."""
 

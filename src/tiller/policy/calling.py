@@ -74,18 +74,20 @@ def run(
     samples: Sequence[int],
     state: RandomState | None,
     mixed_precision: str,
+    start: str = "start",
 ) -> Any:
     """The pipeline's own `__call__`, with its random draws keyed by sample, under the wanted precision.
 
-    The global generator is put back afterwards. It starts from a key of its own, or where the caller has brought
-    generators, from where the caller left it, so that the pipeline draws what it would have drawn by itself.
+    `start` says what the initial noise is for: another word keys other noise. The global generator is put back
+    afterwards. It starts from a key of its own, or where the caller has brought generators, from where the caller left
+    it, so that the pipeline draws what it would have drawn by itself.
     """
     arguments = dict(call)
     parameters = inspect.signature(type(pipe).__call__).parameters
     if state is not None:
         arguments["generator"] = _revive(state.generators)
     elif "generator" in parameters:
-        sources = noise.generators("start", seed, prompts, samples)
+        sources = noise.generators(start, seed, prompts, samples)
         several = len(sources) > 1 and _takes_several(parameters["generator"])
         arguments["generator"] = sources if several else sources[0]
     asked = parameters.get("prompt")

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from tiller.kernels import Kernel
 from tiller.policy import calling, memo, noise, seam, weights
+from tiller.policy.forward import ForwardProcess
 from tiller.policy.recorder import Finished, Recorder, Replayer
 from tiller.policy.rollout import Rollout, Step
+from tiller.policy.unroll import Unroller
 from tiller.types import PipelineError
 
 
@@ -97,7 +99,9 @@ class Policy:
         *,
         seed: int = 0,
         samples: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
         kernel: Kernel | None = None,
+        keep_means: bool = False,
         **call: Any,
     ) -> Rollout:
         """Call the pipeline unchanged, drawing every transition from `kernel`, and record the path.
@@ -106,8 +110,10 @@ class Policy:
             prompts: one per picture; None for pipelines without prompts, or with the prompts already in `call`.
             seed: with each prompt and its sample index, keys all of a picture's noise.
             samples: the sample indices, one per prompt; by default 0, 1, 2 ... among equal prompts.
+            starts: what keys the initial noise in the place of `samples`: equal numbers start equal prompts alike.
             kernel: how to draw; by default the scheduler's own noise, or DDIM(1) / FlowSDE(0.7) where it has none.
                 A kernel without noise leaves the pipeline's own solver alone.
+            keep_means: keep the means of the transitions, for `step.old_mean`.
             call: the pipeline's own call arguments (num_inference_steps, guidance_scale, height, image ...).
 
         Returns:
@@ -117,11 +123,12 @@ class Policy:
         indices = tuple(samples) if samples is not None else calling.occurrences(texts)
         if len(indices) != len(texts):
             raise ValueError(f"got {len(indices)} sample indices for {len(texts)} prompts; give one per prompt")
-        recorder = Recorder(kernel, len(texts), noise.generators("steps", seed, texts, indices))
+        keyed = tuple(starts) if starts is not None else indices
+        recorder = Recorder(kernel, len(texts), noise.generators("steps", seed, texts, indices), keep_means)
         state = calling.random_state(call)
         embeddings: dict[Any, Any] = {}
         with torch.no_grad(), self._driven(recorder, embeddings, swap=kernel is None or not kernel.deterministic):
-            output = calling.run(self.pipe, call, seed, texts, indices, state, self.mixed_precision)
+            output = calling.run(self.pipe, call, seed, texts, keyed, state, self.mixed_precision)
         if not recorder.records:
             raise PipelineError(
                 f"{type(self.pipe).__name__} never called scheduler.step, so there is nothing to train."
@@ -138,6 +145,7 @@ class Policy:
             embeddings=embeddings,
             random_state=state,
             asides=frozenset(recorder.asides),
+            starts=keyed,
         )
 
     def replay(self, rollout: Rollout, on_step: Callable[[Step], None], steps: Sequence[int] | None = None) -> None:
@@ -156,9 +164,42 @@ class Policy:
     ) -> None:
         """As `replay`, but at each wanted step k ≥ 1 the latents are `path(k)` in place of the recorded ones.
 
-        `step.prediction` is then the model's output at any state; at k = 0 the state is the recorded initial noise.
+        `step.prediction` is then the model's output at any state. At k = 0 the state is noise that the pipeline draws:
+        the recorded one, or under a `ForwardProcess`, whose steps know their clean latents and their noise, fresh one.
         """
-        self._walk(rollout, on_step, steps, path)
+        if not isinstance(path, ForwardProcess):
+            return self._walk(rollout, on_step, steps, path)
+        self._walk(rollout, lambda step: on_step(path.explain(step)), steps, path, start=f"start {path.fresh}")
+
+    def unroll(self, rollout: Rollout, start: int, stop: int | None = None, state: Tensor | None = None) -> Tensor:
+        """The rollout's pictures (B, C, H, W) in [0, 1] with the graph of steps `start` and later.
+
+        Earlier steps are forced to the recorded path, and no denoiser runs in them; later ones draw the recorded
+        noise, so that with unchanged weights the pictures are the recorded ones. The graph holds all live steps.
+
+        Args:
+            stop: the step at which to jump to the decoder with x̂0; by default all steps are taken.
+            state: (B, ...) latents at step `start` in the place of the recorded ones; then `start` is at least 1.
+
+        Raises:
+            PipelineError: the pipeline cannot return its pictures as tensors with a graph.
+        """
+        if not 0 <= start < (stop or len(rollout.records)) <= len(rollout.records) or (state is not None and not start):
+            raise ValueError(f"steps {start} to {stop} are no part of the rollout's {len(rollout.records)} steps")
+        handler = Unroller(rollout, start, stop, state)
+        call = {**rollout.call, "output_type": "pt"}
+        key = (rollout.seed, rollout.prompts, rollout.starts or rollout.samples, rollout.random_state)
+        with (
+            seam.differentiable(self.pipe),
+            self._driven(handler, rollout.embeddings, not rollout.kernel.deterministic),
+        ):
+            pictures = calling.run(self.pipe, call, *key, self.mixed_precision)[0]
+        if not isinstance(pictures, Tensor) or (torch.is_grad_enabled() and not pictures.requires_grad):
+            raise PipelineError(
+                f"{type(self.pipe).__name__} returns no pictures that a gradient can flow through; train it with an "
+                "algorithm that needs the reward's value only, such as ddpo."
+            )
+        return pictures
 
     def stock(
         self,
@@ -189,6 +230,7 @@ class Policy:
         on_step: Callable[[Step], None],
         steps: Sequence[int],
         path: Callable[[int], Tensor] | None,
+        start: str = "start",
     ) -> None:
         unknown = [step for step in steps if not 0 <= step < len(rollout.records)]
         if unknown:
@@ -197,10 +239,10 @@ class Policy:
             return
         replayer = Replayer(rollout, on_step, steps, path, type(self.pipe).__name__)
         swap = not rollout.kernel.deterministic
-        key = (rollout.seed, rollout.prompts, rollout.samples, rollout.random_state)
+        key = (rollout.seed, rollout.prompts, rollout.starts or rollout.samples, rollout.random_state)
         with seam.differentiable(self.pipe), self._driven(replayer, rollout.embeddings, swap):
             try:
-                calling.run(self.pipe, rollout.call, *key, self.mixed_precision)
+                calling.run(self.pipe, rollout.call, *key, self.mixed_precision, start)
             except Finished:
                 return
         raise PipelineError(
@@ -209,7 +251,9 @@ class Policy:
         )
 
     @contextmanager
-    def _driven(self, handler: Recorder | Replayer, embeddings: dict[Any, Any], swap: bool) -> Iterator[None]:
+    def _driven(
+        self, handler: Recorder | Replayer | Unroller, embeddings: dict[Any, Any], swap: bool
+    ) -> Iterator[None]:
         """The handler in every scheduler's step and every denoiser's forward; text encoded once."""
         with ExitStack() as stack:
             if swap:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tiller.kernels import Gaussian, Kernel, Stock, log_prob
+from tiller.kernels import Gaussian, Kernel, Stock, Window, log_prob
 from tiller.policy.carried import Carried, cut, moment, since
 from tiller.policy.noise import standard_normal
 from tiller.policy.rollout import Record, Rollout, Step
 from tiller.policy.seam import StepCall, first, with_first
-from tiller.policy.transition import meet, restore, rows, state, storage, transition
+from tiller.policy.transition import meet, restore, rows, stage_of, state, storage, transition
 from tiller.process import Stage
 from tiller.types import PipelineError
 
@@ -26,8 +26,10 @@ class Finished(BaseException):
 class Recorder:
     """Answers a pipeline's steps with actions drawn from the kernel, and writes them down."""
 
-    def __init__(self, kernel: Kernel | None, batch_size: int, noise: Sequence[torch.Generator]):
-        self.kernel, self.batch_size, self.noise = kernel, batch_size, noise
+    def __init__(
+        self, kernel: Kernel | None, batch_size: int, noise: Sequence[torch.Generator], keep_means: bool = False
+    ):
+        self.kernel, self.batch_size, self.noise, self.keep_means = kernel, batch_size, noise, keep_means
         self.kernels: dict[str, Kernel] = {}  # by scheduler class: pipelines may hold several
         self.records: list[Record] = []
         self.forwards: list[tuple[int, str, Any]] = []
@@ -46,7 +48,7 @@ class Recorder:
             with self.carried.watched(name, step, (args, kwargs)) as leave:
                 output = own_forward(*args, **kwargs)
                 leave(output)
-            self.forwards.append((step, name, pytree.tree_map_only(Tensor, _Template, output)))
+            self.forwards.append((step, name, pytree.tree_map_only(Tensor, Template, output)))
             return output
 
         return run
@@ -65,19 +67,27 @@ class Recorder:
             )
         self._withdraw_repeated(call)
         self.calls += 1
-        if self.kernel is not None and self.kernel.deterministic:
+        kernel = self._kernel(call)
+        solves = isinstance(kernel, Stock) or kernel.deterministic
+        self.memory = (state(call.scheduler), call.history) if solves else None
+        if kernel.deterministic:
             answer = call.solve(call.output, call.sample)
-            return self._write(call, answer, first(answer), None, self.kernel)
+            return self._write(call, answer, first(answer), None, kernel, stage_of(call))
+        answer, gaussian, stage = transition(kernel, call)
+        if not gaussian.has_density:
+            return self._write(call, answer, gaussian.mean.to(storage(call, answer)), None, kernel, stage)
+        action = gaussian.mean + gaussian.std * standard_normal(gaussian.mean, self.noise)
+        return self._write(call, answer, action.to(storage(call, answer)), gaussian, kernel, stage)
+
+    def _kernel(self, call: StepCall) -> Kernel:
+        """What this step is drawn with."""
+        here = self.kernel.at(len(self.records)) if isinstance(self.kernel, Window) else self.kernel
+        if here is not None and here.deterministic:
+            return here
         kind = type(call.scheduler).__name__
         if kind not in self.kernels:
-            self.kernels[kind] = meet(call, self.kernel)
-        kernel = self.kernels[kind]
-        self.memory = (state(call.scheduler), call.history) if isinstance(kernel, Stock) else None
-        answer, gaussian, _ = transition(kernel, call)
-        if not gaussian.has_density:
-            return self._write(call, answer, gaussian.mean.to(storage(call, answer)), None, kernel)
-        action = gaussian.mean + gaussian.std * standard_normal(gaussian.mean, self.noise)
-        return self._write(call, answer, action.to(storage(call, answer)), gaussian, kernel)
+            self.kernels[kind] = meet(call, here)
+        return self.kernels[kind]
 
     def _withdraw_repeated(self, call: StepCall) -> None:
         """A pipeline that turns the scheduler's index back (Cosmos) has not stepped: it asked for x̂0 only."""
@@ -88,11 +98,20 @@ class Recorder:
             self.asides.add(self.calls - 1)
             self.forwards = [(min(step, len(self.records)), name, output) for step, name, output in self.forwards]
 
-    def _write(self, call: StepCall, answer: Any, action: Tensor, gaussian: Gaussian | None, kernel: Kernel) -> Any:
+    def _write(
+        self,
+        call: StepCall,
+        answer: Any,
+        action: Tensor,
+        gaussian: Gaussian | None,
+        kernel: Kernel,
+        stage: Stage | None,
+    ) -> Any:
         score = None if gaussian is None else log_prob(action, gaussian, rows(action, self.batch_size))
         std = None if gaussian is None else float(torch.as_tensor(gaussian.std).mean())
         sample = self._kept(call.sample)
-        self.records.append(Record(call.timestep, sample, action.clone(), kernel, score, std, self.memory))
+        mean = gaussian.mean if gaussian is not None and self.keep_means else None
+        self.records.append(Record(call.timestep, sample, action.clone(), kernel, score, std, stage, mean, self.memory))
         self.handed = (action, action._version)
         return with_first(answer, action)
 
@@ -133,7 +152,7 @@ class Replayer:
             _, _, template = self.waiting.pop(0)
             needed = self.index in self.needed
             if not needed and template is not None:
-                return pytree.tree_map_only(_Template, _Template.tensor, template)
+                return pytree.tree_map_only(Template, Template.tensor, template)
             if template is None:
                 cut((args, kwargs))
             args, kwargs = pytree.tree_map_only(Tensor, self._input, (args, kwargs))
@@ -157,7 +176,8 @@ class Replayer:
             with torch.set_grad_enabled(self.index in self.steps and self.grad):
                 return call.solve(call.output, call.sample)
         index, record = self.index, self.rollout.records[self.index]
-        call.sample = self._state(index).to(call.sample.device)
+        if index or self.path is None:  # a forced path starts from fresh noise, which is at hand already
+            call.sample = self._state(index).to(call.sample.device)
         wanted = index in self.steps
         if wanted and self.has_graph and not call.output.requires_grad:
             raise PipelineError(
@@ -190,6 +210,7 @@ class Replayer:
             stage=stage,
             batch_size=rows(record.action, self.rollout.batch_size),
             old_log_prob=record.log_prob,
+            old_mean=record.mean,
             shared=any(later > index and self.source[later] == self.source[index] for later in self.steps),
             _transition=gaussian,
         )
@@ -198,15 +219,15 @@ class Replayer:
         return self.path is not None and index in self.steps
 
     def _state(self, index: int) -> Tensor:
-        """The latents at `index`: recorded, or those of the forced path (the very first are always recorded ones)."""
+        """The latents at `index`: recorded, or those of the forced path."""
         recorded = self.rollout.records[index].sample
-        if index and self._forced(index):
+        if self._forced(index):
             assert self.path is not None
             return self.path(index).to(recorded)
         return recorded
 
 
-class _Template:
+class Template:
     """Shape, type and device of a tensor that need not be kept."""
 
     def __init__(self, like: Tensor):

@@ -24,7 +24,9 @@ class Record:
     kernel: Kernel  # what drew it
     log_prob: Tensor | None  # (B,) float32; None where the transition has no density
     std: float | None  # mean standard deviation of the transition, for the log; None where it has no density
-    memory: Any = field(default=None, repr=False)  # what a scheduler that draws by itself knew of earlier steps
+    stage: Stage | None = field(default=None, repr=False)  # where on the noise process it stands; None: unknown
+    mean: Tensor | None = field(default=None, repr=False)  # (B, ...) of the transition, where it was to be kept
+    memory: Any = field(default=None, repr=False)  # what the scheduler knew of earlier steps, where that counts
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Rollout:
     asides: frozenset[int] = frozenset()  # which calls of `step` only asked for the denoised prediction (Cosmos)
     embeddings: dict[Any, Any] = field(default_factory=dict, repr=False)  # memoised text encodings
     random_state: Any = None  # of generators the caller passed in, as they were before the call
+    starts: tuple[int, ...] | None = None  # B, what keys the initial noise in the place of `samples`
 
     @property
     def batch_size(self) -> int:
@@ -75,6 +78,14 @@ class Rollout:
         return torch.stack([missing if r.log_prob is None else r.log_prob.cpu() for r in self.records], dim=1)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What one copy of the weights says of a step, without a graph."""
+
+    prediction: Tensor  # (B, ...) the model's output
+    mean: Tensor | None  # (B, ...) of the transition, on a recorded path
+
+
 @dataclass(eq=False)
 class Step:
     """One step of a replay: the recorded state and action, and what the model says of them now, with its graph."""
@@ -87,8 +98,13 @@ class Step:
     stage: Stage | None  # α, σ and the meaning of the prediction; None where only the scheduler itself knows
     batch_size: int
     old_log_prob: Tensor | None  # (B,) as recorded
+    old_mean: Tensor | None  # (B, ...) as recorded, where the recording kept it
     shared: bool  # a later wanted step hangs on the same denoiser call
     _transition: Any  # () -> Gaussian
+    clean: Tensor | None = None  # (B, ...) x0 of a forward-noised state
+    noise: Tensor | None = None  # (B, ...) ε of a forward-noised state
+    groups: Tensor | None = None  # (B,) int64: which samples were drawn for the same prompt side by side
+    others: Mapping[str, Seen] = field(default_factory=dict)  # what other copies of the weights say here
 
     @cached_property
     def transition(self) -> Gaussian:
@@ -111,6 +127,28 @@ class Step:
         if not self.transition.has_density:
             raise ValueError(f"step {self.index} is deterministic and has no density; train the steps in rollout.steps")
         return log_prob(self.action, self.transition, self.batch_size)
+
+    @property
+    def target(self) -> Tensor:
+        """(B, ...) what the model should have said at a forward-noised state, float32."""
+        assert self.stage is not None
+        assert self.clean is not None
+        assert self.noise is not None
+        return self.stage.target(self.clean, self.noise)
+
+    def distance(self, prediction: Tensor | None = None) -> Tensor:
+        """(B,) mean squared error of a prediction, by default the policy's own, against the target: -ELBO's term."""
+        return self.squared((self.prediction if prediction is None else prediction).float() - self.target)
+
+    def squared(self, difference: Tensor) -> Tensor:
+        """(B,) mean over a sample's elements of the square of (B, ...)."""
+        return difference.float().square().reshape(self.batch_size, -1).mean(1)
+
+    def seen(self) -> Seen:
+        """What can be told of this step without a graph, for the loss of another copy of the weights."""
+        dense = self.stage is not None or self.old_log_prob is not None
+        mean = self.mean.detach() if dense and self.clean is None else None
+        return Seen(self.prediction.detach(), mean)
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, keeping the graph where the next wanted step hangs on the same denoiser call."""

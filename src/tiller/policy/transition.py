@@ -31,15 +31,20 @@ def transition(kernel: Kernel, call: StepCall, lazy: bool = False) -> tuple[Any,
         return (
             answer,
             (lambda: own) if lazy else own,
-            read(call.scheduler, call.timestep, call.denoised, call.per_token),
+            stage_of(call),
         )
     with torch.no_grad():
         answer = call.solve(output.detach(), sample.detach())
-    stage = read(call.scheduler, call.timestep, call.denoised, call.per_token)
+    stage = stage_of(call)
     if lazy and not kernel.deterministic:
         return answer, lambda: _gaussian(kernel, stage, output, sample), stage
     gaussian = Gaussian(first(answer), 0.0) if kernel.deterministic else _gaussian(kernel, stage, output, sample)
     return answer, (lambda: gaussian) if lazy else gaussian, stage
+
+
+def stage_of(call: StepCall) -> Stage | None:
+    """How the scheduler that has just stepped is read."""
+    return read(call.scheduler, call.timestep, call.denoised, call.per_token)
 
 
 def _own_gaussian(call: StepCall) -> tuple[Any, Gaussian]:
@@ -81,7 +86,7 @@ def meet(call: StepCall, asked: Kernel | None) -> Kernel:
     """
     before = state(call.scheduler)
     _, own = _own_gaussian(call)
-    stage = read(call.scheduler, call.timestep, call.denoised, call.per_token)
+    stage = stage_of(call)
     restore(call.scheduler, before)
     name = type(call.scheduler).__name__
     if isinstance(asked, Stock) or (asked is None and own.has_density):
