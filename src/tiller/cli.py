@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+from tiller.commands import quiet
 from tiller.types import ConfigError, TillerError
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -22,6 +23,7 @@ USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    quiet.settle()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return arguments.command(arguments) or 0
@@ -88,6 +90,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     from tiller import config, pretrain
 
     settings = config.load(pretrain.PretrainConfig, arguments.config, arguments.overrides)
+    quiet.hide_bars()
     print(pretrain.run(settings))
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 from tiller import config
 from tiller.algorithms.base import Algorithm
+from tiller.commands import quiet
 from tiller.policy import Policy, layout
 from tiller.prompts import SETS, held_out, load
 from tiller.recipe import Model, Recipe
@@ -32,9 +31,7 @@ def algorithm(recipe: Recipe) -> Algorithm:
 
 def policy(model: Model, seed: int) -> Policy:
     """The pipeline, loaded and put on its device, with fresh adapters."""
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+    quiet.hide_bars()
     loaded = Policy.from_pretrained(
         model.name,
         lora_rank=model.lora_rank,
