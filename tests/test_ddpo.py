@@ -13,7 +13,7 @@ import tiny
 from tiller.algorithms import DDPO, DDPOSF
 from tiller.kernels import CPS, DDIM, DDPM, DanceSDE, FlowSDE
 from tiller.policy import Policy, Rollout, Step
-from tiller.types import ConfigError
+from tiller.types import ConfigError, Scores
 from toy import toy
 
 PROMPTS = ["a cat", "a dog", "a cat", "a fox"]
@@ -107,7 +107,7 @@ def test_the_gradient_of_a_replay_is_its_finite_difference() -> None:
 @pytest.mark.parametrize("algorithm", [DDPO(advantage_clip=1.0), DDPOSF(advantage_clip=1.0)])
 def test_advantages_are_clipped_and_missing_ones_stay_missing(algorithm: Any) -> None:
     rewards = np.array([0.0] * 9 + [100.0, float("nan"), float("inf")])
-    found = algorithm.advantages(rewards, ["a"] * 12, {})
+    found = algorithm.advantages(Scores(rewards), ["a"] * 12, {})
     assert found[9] == 1.0
     assert -1 < found[0] < 0
     assert np.isnan(found[10:]).all()

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from tiller.algorithms import DDPO, DDPOSF
+from tiller.collect import Batch, collect
 from tiller.distributed import World
 from tiller.metrics import Clock
 from tiller.policy import Policy, Step
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
-from tiller.training import GIVE_UP_AFTER, Batch, collect, train, update
+from tiller.training import train
 from tiller.types import ConfigError, Prompt, TillerError
+from tiller.update import GIVE_UP_AFTER, update
 from toy import ToyPipeline, brightness, toy
 
 PROMPTS = [Prompt("a cat"), Prompt("a dog"), Prompt("an owl")]
@@ -92,9 +94,9 @@ def test_the_gradient_is_the_mean_over_samples_and_steps_of_the_weighted_score()
     policy, settings = Policy(toy(), lora_rank=None), config()
     batch = sampled(policy, settings)
     (found,) = gradients(policy, batch, settings)
-    for rollout, advantages in zip(batch.rollouts, batch.advantages.reshape(2, 4), strict=True):
+    for chunk, advantages in zip(batch.chunks, batch.advantages.reshape(2, 4), strict=True):
         weights = torch.tensor(advantages).float()
-        policy.replay(rollout, lambda step, w=weights: step.backward(-(w * step.log_prob).sum() / (8 * 4)))
+        policy.replay(chunk.rollout, lambda step, w=weights: step.backward(-(w * step.log_prob).sum() / (8 * 4)))
     assert_close(found, {name: p.grad for name, p in policy.parameters.items() if p.grad is not None})
 
 
@@ -109,10 +111,12 @@ def test_missing_rewards_weigh_nothing() -> None:
     known = np.isfinite(batch.advantages)
     assert known.tolist() == [True, False, False, True] * 2
     (found,) = gradients(policy, batch, settings)
-    for rollout, advantages in zip(batch.rollouts, batch.advantages.reshape(2, 4), strict=True):
+    for chunk, advantages in zip(batch.chunks, batch.advantages.reshape(2, 4), strict=True):
         rows = torch.tensor([0, 3])
         weights = torch.tensor(advantages).float()[rows]
-        policy.replay(rollout, lambda step, w=weights, r=rows: step.backward(-(w * step.log_prob[r]).sum() / (4 * 4)))
+        policy.replay(
+            chunk.rollout, lambda step, w=weights, r=rows: step.backward(-(w * step.log_prob[r]).sum() / (4 * 4))
+        )
     assert_close(found, {name: p.grad for name, p in policy.parameters.items() if p.grad is not None})
 
 
@@ -181,7 +185,7 @@ def test_the_gradients_of_two_processes_add_up_to_that_of_one() -> None:
             return 1.0
 
         state.step = look  # type: ignore[method-assign]
-        mine = replace(batch, rollouts=batch.rollouts[rank::2])
+        mine = replace(batch, chunks=batch.chunks[rank::2])
         update(policy, mine, DDPO(), settings, state, Half(rank))
         parts.append(found)
     for first, second, expected in zip(*parts, whole, strict=True):
@@ -197,7 +201,7 @@ def test_scores_go_to_the_pictures_they_were_given_for() -> None:
     state, world = TrainState(policy, settings), World()
     batch = collect(policy, asked, letters, DDPO(), settings, {}, state, world, Clock())
     assert batch.scores.values.tolist() == [11 * len(prompt) for prompt in batch.prompts]
-    assert [text for rollout in batch.rollouts for text in rollout.prompts] == batch.prompts
+    assert [text for chunk in batch.chunks for text in chunk.prompts] == batch.prompts
     assert state.reward_calls == 12
 
 
@@ -247,9 +251,9 @@ def test_part_of_the_steps_has_their_mean_gradient() -> None:
     batch, algorithm = sampled(policy, settings), Watched(timestep_fraction=0.5)
     (found,) = gradients(policy, batch, settings, algorithm)
     steps = sorted({index for index, _ in algorithm.seen})
-    for rollout, advantages in zip(batch.rollouts, batch.advantages.reshape(2, 4), strict=True):
+    for chunk, advantages in zip(batch.chunks, batch.advantages.reshape(2, 4), strict=True):
         weights = torch.tensor(advantages).float()
-        policy.replay(rollout, lambda step, w=weights: step.backward(-(w * step.log_prob).sum() / (8 * 2)), steps)
+        policy.replay(chunk.rollout, lambda step, w=weights: step.backward(-(w * step.log_prob).sum() / (8 * 2)), steps)
     assert_close(found, {name: p.grad for name, p in policy.parameters.items() if p.grad is not None})
 
 

@@ -19,6 +19,7 @@ _HOMES = {
     "Report": "tiller.training",
     "TrainConfig": "tiller.settings",
     "TrainState": "tiller.state",
+    "Algorithm": "tiller.algorithms",
     "DDPO": "tiller.algorithms",
     "DDPOSF": "tiller.algorithms",
     "Prompt": "tiller.types",

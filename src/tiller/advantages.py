@@ -6,7 +6,7 @@ and returns float64 numpy arrays of shape (N,): an epoch's samples, over all pro
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def global_(values: np.ndarray) -> np.ndarray:
     return (values - _mean(values)) / (_std(values) + 1e-8)
 
 
-def group(values: np.ndarray, groups: Sequence[int], scale: str = "group", unbiased: bool = True) -> np.ndarray:
+def group(values: np.ndarray, groups: Sequence[Hashable], scale: str = "group", unbiased: bool = True) -> np.ndarray:
     """(r - mean of its group) / std: GRPO's advantage (Shao et al. 2024, DeepSeekMath, section 4.1.2).
 
     `scale` is "group" (the group's own std, as DanceGRPO), "batch" (the std of all samples + 1e-4, as Flow-GRPO) or
@@ -64,12 +64,12 @@ def per_prompt(
     return advantages
 
 
-def zero_spread_groups(values: np.ndarray, groups: Sequence[int]) -> int:
+def zero_spread_groups(values: np.ndarray, groups: Sequence[Hashable]) -> int:
     """How many groups have no two different scores, so that a group-relative method learns nothing from them."""
     return sum(len(np.unique(values[m][np.isfinite(values[m])])) < 2 for m in _members(groups))
 
 
-def _members(groups: Sequence[int]) -> list[np.ndarray]:
+def _members(groups: Sequence[Hashable]) -> list[np.ndarray]:
     labels = np.asarray(groups)
     return [np.flatnonzero(labels == label) for label in dict.fromkeys(labels.tolist())]
 

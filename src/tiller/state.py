@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tiller.algorithms.base import Algorithm
 from tiller.policy import Policy
 from tiller.settings import TrainConfig
 from tiller.types import RunError
@@ -20,7 +21,7 @@ from tiller.types import RunError
 class TrainState:
     """The mutable state of a training run, as tensors and plain data: `tensors()` and `data()`, back by `load`."""
 
-    def __init__(self, policy: Policy, config: TrainConfig):
+    def __init__(self, policy: Policy, config: TrainConfig, algorithm: Algorithm | None = None):
         self.epoch = 0  # epochs done
         self.updates = 0  # optimiser steps taken
         self.skipped = 0  # optimiser steps left out because a gradient was not finite
@@ -35,9 +36,12 @@ class TrainState:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-        self.ema: dict[str, Tensor] | None = None
-        if config.ema_decay is not None:
-            self.ema = {name: _exact(p).clone() for name, p in self.parameters.items()}
+        self.ema = self._snapshot() if config.ema_decay is not None else None
+        self.followers = dict(algorithm.copies) if algorithm else {}
+        self.copies = {name: self._snapshot() for name in self.followers}
+        self._base = policy.base
+        if algorithm and "reference" in algorithm.needs and policy.lora_rank is None:
+            self.copies["reference"] = self._snapshot()  # full fine-tuning changes the model's own weights
 
     def step(self, config: TrainConfig) -> float:
         """One optimiser step on the gradients at hand, clipped; returns their norm.
@@ -52,32 +56,60 @@ class TrainState:
             self.skipped_in_a_row = 0
             self.optimizer.step()
             self.updates += 1
-            self._average(config.ema_decay)
+            if self.ema is not None and config.ema_decay is not None:
+                self._move(self.ema, config.ema_decay)
+            self._follow("update", self.updates - 1)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def end_epoch(self) -> None:
+        """Count an epoch, and let the copies follow that do so once per epoch."""
+        self._follow("epoch", self.epoch)
+        self.epoch += 1
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The running mean of the weights in the place of the weights, for the length of the block, if one is kept."""
-        if self.ema is None:
+        with self._swapped(self.ema):
+            yield
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """A copy of the weights in their place, for the length of the block.
+
+        "" is the weights themselves, "reference" the model before training.
+        """
+        if name == "reference" and name not in self.copies:
+            with self._base():
+                yield
+            return
+        with self._swapped(self.copies[name] if name else None):
+            yield
+
+    @contextmanager
+    def _swapped(self, values: Mapping[str, Tensor] | None) -> Iterator[None]:
+        if values is None:
             yield
             return
         latest = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._put(self.ema)
+        self._put(values)
         try:
             yield
         finally:
             self._put(latest)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, optimiser moments and running mean, by name."""
+        """Weights, optimiser moments, running mean and copies, by name."""
         found = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 found[f"optimizer.{key}.{name}"] = value
-        for name, value in (self.ema or {}).items():
-            found[f"ema.{name}"] = value
-        return found
+        return found | self._means()
+
+    def _means(self) -> dict[str, Tensor]:
+        """The running mean and the copies, by the names they are saved under."""
+        kept = {"ema": self.ema or {}, **{f"copy.{name}": values for name, values in self.copies.items()}}
+        return {f"{kind}.{name}": value for kind, values in kept.items() for name, value in values.items()}
 
     def data(self) -> dict[str, Any]:
         """Counters and statistics, as plain data."""
@@ -111,10 +143,13 @@ class TrainState:
                 del self.optimizer.state[parameter]
         if self.ema is not None:
             self.ema = {name: _like(self.parameters[name], tensors[f"ema.{name}"]) for name in self.ema}
+        for kind, values in self.copies.items():
+            for name in values:
+                values[name] = _like(self.parameters[name], tensors[f"copy.{kind}.{name}"])
 
     def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
         wanted = {f"weights.{name}": tuple(p.shape) for name, p in self.parameters.items()}
-        wanted |= {f"ema.{name}": tuple(value.shape) for name, value in (self.ema or {}).items()}
+        wanted |= {name: tuple(value.shape) for name, value in self._means().items()}
         given = {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith("optimizer.")}
         if wanted != given:
             odd = sorted(set(wanted.items()) ^ set(given.items()))[0][0]
@@ -122,12 +157,18 @@ class TrainState:
                 f"the checkpoint does not fit this model and its settings (first at {odd}); start a new run."
             )
 
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: _exact(p).clone() for name, p in self.parameters.items()}
+
+    def _follow(self, moment: Literal["update", "epoch"], count: int) -> None:
+        for name, copy in self.followers.items():
+            if copy.every == moment:
+                self._move(self.copies[name], copy.decay(count))
+
     @torch.no_grad()
-    def _average(self, decay: float | None) -> None:
-        if self.ema is None or decay is None:
-            return
+    def _move(self, mean: dict[str, Tensor], decay: float) -> None:
         for name, parameter in self.parameters.items():
-            self.ema[name].lerp_(_exact(parameter), 1 - decay)
+            mean[name].lerp_(_exact(parameter), 1 - decay)
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:

@@ -1,19 +1,22 @@
-"""What the training loop asks of an algorithm."""
+"""What the training loop asks of an algorithm: two methods, and a few facts about what they need."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History
 from tiller.kernels import Kernel
-from tiller.types import ConfigError
+from tiller.schedules import Decay
+from tiller.types import ConfigError, Scores
 
 if TYPE_CHECKING:
-    from tiller.policy import Step
+    from tiller.policy.rollout import Step
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -30,28 +33,91 @@ def check_statistics(advantage_clip: float, buffer_size: int, min_count: int, ti
     require(0 < timestep_fraction <= 1, "timestep_fraction", timestep_fraction, "more than 0 and at most 1")
 
 
-class Algorithm(Protocol):
-    """A frozen dataclass of an algorithm's own settings; their defaults are a run that was made."""
+def require_density(kernel: Kernel | None, name: str) -> None:
+    """A method that divides two likelihoods needs transitions that have one."""
+    if kernel is not None and kernel.deterministic:
+        raise ConfigError(
+            f"{name} needs log-probabilities, and {kernel} has none; take a kernel with noise (ddim, flow_sde), or an "
+            "algorithm that needs none (nft, awm)."
+        )
+
+
+@dataclass(frozen=True)
+class WeightCopy:
+    """A second set of the trained weights, that follows them: copy ← decay·copy + (1 - decay)·weights."""
+
+    decay: Decay  # of the number of updates, or of epochs, done so far
+    every: Literal["update", "epoch"] = "update"
+
+
+class Algorithm(ABC):
+    """A frozen dataclass of an algorithm's own settings; their defaults are a vetted run.
+
+    Its states come from one of three walks through the pipeline. "recorded": the path that was sampled, step by step
+    (ratio methods). "noised": the clean latents, noised again to each step (likelihood by denoising error). "live":
+    the last steps are taken again with a graph that runs into the reward's gradient.
+    """
+
+    walk: ClassVar[Literal["recorded", "noised", "live"]] = "recorded"
+    on_policy: ClassVar[bool] = False  # only the policy's own samples will do: one update per epoch
+    min_group: ClassVar[int] = 1  # samples per prompt drawn that it cannot do without
+    whole_groups: ClassVar[bool] = False  # the loss compares a group's members, so a batch must hold whole groups
+    shared_noise: ClassVar[bool] = False  # a "noised" walk gives all members of a group the same noise
+    shared_start: ClassVar[bool] = False  # all members of a group start from the same initial noise
+    keeps_means: ClassVar[bool] = False  # the loss reads `step.old_mean`
+    sampled_with: ClassVar[str] = ""  # the copy of the weights that draws the samples; "" is the weights themselves
+
+    kernel: Kernel | None = None  # how transitions are drawn; None leaves it to the policy (`Policy.sample`)
+    inner_epochs: int = 1  # how often an epoch's samples are gone through
+    timestep_fraction: float = 1.0  # the share of the trainable steps that is trained, drawn anew for every update
 
     @property
-    def kernel(self) -> Kernel | None:
-        """How transitions are drawn; None leaves it to the policy (`Policy.sample`)."""
-        ...
+    def needs(self) -> tuple[str, ...]:
+        """Copies whose predictions the loss reads in `step.others`; "reference" is the model before training."""
+        return ()
 
     @property
-    def inner_epochs(self) -> int:
-        """How often an epoch's samples are gone through."""
-        ...
+    def copies(self) -> Mapping[str, WeightCopy]:
+        """The copies of the weights to keep, by name."""
+        return {}
 
-    @property
-    def timestep_fraction(self) -> float:
-        """The share of a rollout's trainable steps that is trained, drawn anew for every update."""
-        ...
+    def window(self, epoch: int, steps: int, seed: int) -> range | None:
+        """Which of a rollout's `steps` are drawn with noise and trained in this epoch; None for all of them."""
+        return None
 
-    def advantages(self, rewards: np.ndarray, prompts: Sequence[str], history: History) -> np.ndarray:
-        """(N,) advantages of an epoch's (N,) rewards; NaN where a reward is missing."""
-        ...
+    def steps(self, eligible: Sequence[int], random: np.random.Generator) -> list[int]:
+        """Which steps one update trains, of those that can be: a random share of them, the same in every process."""
+        count = max(1, round(self.timestep_fraction * len(eligible)))
+        whole = count >= len(eligible)
+        return list(eligible) if whole else sorted(random.choice(eligible, count, replace=False).tolist())
 
+    @abstractmethod
+    def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
+        """(N,) what each of an epoch's N samples weighs in the loss; NaN leaves it out, as where a score is missing."""
+
+    @abstractmethod
     def loss(self, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) losses of one replayed step, and numbers for the log."""
-        ...
+        """(B,) losses of one step, to be averaged over samples and steps, and numbers for the log."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One backward pass of a "live" walk: steps `start` to `stop - 1` are taken with a graph."""
+
+    start: int
+    stop: int | None = None  # decode x̂0 of step `stop - 1`; None takes all steps
+    renoised: bool = False  # the state at `start` is the clean latents with fresh noise, not the recorded state
+
+
+class RewardGradient(Algorithm):
+    """An algorithm that differentiates the reward: its loss reads `step.rewards`, which have a graph (`walks.Live`)."""
+
+    walk: ClassVar[Literal["recorded", "noised", "live"]] = "live"
+
+    @abstractmethod
+    def passes(self, steps: int, random: np.random.Generator) -> list[Pass]:
+        """The backward passes of one update through rollouts of `steps` steps."""
+
+    def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
+        """1 for every picture that has a score: its weight is in the reward's gradient."""
+        return np.where(scores.valid, 1.0, np.nan)

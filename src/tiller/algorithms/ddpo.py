@@ -11,15 +11,16 @@ from torch import Tensor
 
 from tiller import losses
 from tiller.advantages import History, per_prompt
-from tiller.algorithms.base import check_statistics, require
+from tiller.algorithms.base import Algorithm, check_statistics, require, require_density
 from tiller.kernels import Kernel
+from tiller.types import Scores
 
 if TYPE_CHECKING:
     from tiller.policy import Step
 
 
 @dataclass(frozen=True)
-class DDPO:
+class DDPO(Algorithm):
     """DDPO_IS: PPO on the denoising steps, advantages from per-prompt running statistics.
 
     The clip range belongs to log-probabilities averaged over elements, as in the reference implementation.
@@ -36,10 +37,11 @@ class DDPO:
     def __post_init__(self) -> None:
         require(self.clip_range >= 0, "clip_range", self.clip_range, "0 or more")
         require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
+        require_density(self.kernel, "DDPO")
         check_statistics(self.advantage_clip, self.buffer_size, self.min_count, self.timestep_fraction)
 
-    def advantages(self, rewards: np.ndarray, prompts: Sequence[str], history: History) -> np.ndarray:
-        standardised = per_prompt(rewards, prompts, history, self.buffer_size, self.min_count)
+    def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
+        standardised = per_prompt(scores.values, prompts, history, self.buffer_size, self.min_count)
         return standardised.clip(-self.advantage_clip, self.advantage_clip)
 
     def loss(self, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

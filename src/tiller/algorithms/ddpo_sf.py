@@ -11,15 +11,16 @@ from torch import Tensor
 
 from tiller import losses
 from tiller.advantages import History, per_prompt
-from tiller.algorithms.base import check_statistics
+from tiller.algorithms.base import Algorithm, check_statistics, require_density
 from tiller.kernels import Kernel
+from tiller.types import Scores
 
 if TYPE_CHECKING:
     from tiller.policy import Step
 
 
 @dataclass(frozen=True)
-class DDPOSF:
+class DDPOSF(Algorithm):
     """DDPO_SF: REINFORCE on the denoising steps; each sample is used once, with one optimiser step per epoch."""
 
     advantage_clip: float = 5.0
@@ -27,14 +28,14 @@ class DDPOSF:
     min_count: int = 16  # rewards a prompt needs before its own statistics count
     timestep_fraction: float = 1.0
     kernel: Kernel | None = None
-    on_policy: ClassVar[bool] = True
-    inner_epochs: ClassVar[int] = 1  # the estimator is unbiased on the policy's own samples only
+    on_policy: ClassVar[bool] = True  # the estimator is unbiased on the policy's own samples only
 
     def __post_init__(self) -> None:
+        require_density(self.kernel, "DDPO_SF")
         check_statistics(self.advantage_clip, self.buffer_size, self.min_count, self.timestep_fraction)
 
-    def advantages(self, rewards: np.ndarray, prompts: Sequence[str], history: History) -> np.ndarray:
-        standardised = per_prompt(rewards, prompts, history, self.buffer_size, self.min_count)
+    def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
+        standardised = per_prompt(scores.values, prompts, history, self.buffer_size, self.min_count)
         return standardised.clip(-self.advantage_clip, self.advantage_clip)
 
     def loss(self, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

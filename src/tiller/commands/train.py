@@ -43,7 +43,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
         building.check_call(policy, sampling | recipe.evaluation.sampling)
         record.check_model(policy)
         record.trackers = _trackers(recipe, folder, resolved) if world.is_main else []
-        state = TrainState(policy, recipe.train)
+        state = TrainState(policy, recipe.train, algorithm)
         record.restore(state)
         if not state.epoch:
             preflight(policy, prompts, reward, algorithm, sampling, recipe.train.seed)

@@ -19,8 +19,10 @@ from traceback import walk_tb
 from typing import Any
 
 import numpy as np
+import torch
 from PIL.Image import Image
 
+from tiller.rewards.gradient import as_tensor, differentiable
 from tiller.types import RewardError, Scores
 
 Reward = Callable[[list[Image], list[str], list[Mapping[str, Any]]], Any]
@@ -72,6 +74,9 @@ def reward_name(reward: object) -> str:
 def _call(reward: Reward, images: list[Image], prompts: list[str], metadata: list[Mapping[str, Any]]) -> Any:
     """The raw answer; a failure names the function and the prompts it had in hand."""
     try:
+        if differentiable(reward):
+            with torch.no_grad():
+                return reward(as_tensor(images), prompts, metadata)  # type: ignore[arg-type]
         result = reward(images, prompts, metadata)
         return _wait(result) if inspect.iscoroutine(result) else result
     except Exception as error:

@@ -1,0 +1,116 @@
+"""An epoch's samples: drawn, scored, and weighed against each other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tiller.algorithms.base import Algorithm
+from tiller.distributed import World
+from tiller.kernels import Kernel, Window
+from tiller.metrics import Clock
+from tiller.policy import Policy
+from tiller.prompts import draw
+from tiller.rewards import Background, Reward
+from tiller.settings import TrainConfig
+from tiller.state import TrainState
+from tiller.types import ConfigError, Prompt, Scores
+from tiller.walks import Chunk
+
+
+@dataclass(frozen=True)
+class Batch:
+    """An epoch's samples: the recorded ones of this process, and the scores of all of them."""
+
+    chunks: list[Chunk]  # of this process, in the order of its share
+    prompts: list[str]  # (N,) over all processes
+    scores: Scores  # (N,)
+    advantages: np.ndarray  # (N,) NaN where a sample is left out, as where its score is missing
+    pictures: list[Any]  # of this process's first chunk, for the log
+    window: range | None = None  # the only steps that were drawn with noise, where there is such a window
+
+
+def collect(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    algorithm: Algorithm,
+    config: TrainConfig,
+    sampling: Mapping[str, Any],
+    state: TrainState,
+    world: World,
+    clock: Clock,
+) -> Batch:
+    """Draw an epoch's samples, scoring each batch while the next one is drawn."""
+    pairs = draw(prompts, config.seed, state.epoch, config.samples_per_epoch, config.group_size)
+    numbers = range(len(pairs) // config.batch_size)
+    window = noise_window(policy, algorithm, sampling, state.epoch, config.seed)
+    chunks: list[Chunk] = []
+    pending: list[Future[Scores]] = []
+    pictures: list[Any] = []
+    with Background(reward) as scorer, state.using(algorithm.sampled_with):
+        for number in world.share(numbers):
+            rows = range(number * config.batch_size, (number + 1) * config.batch_size)
+            groups = np.array([row // config.group_size for row in rows])
+            asked = [prompts[pairs[row][0]] for row in rows]
+            rollout = policy.sample(
+                [prompt.text for prompt in asked],
+                seed=config.seed,
+                samples=[pairs[row][1] for row in rows],
+                starts=[pairs[group * config.group_size][1] for group in groups] if algorithm.shared_start else None,
+                kernel=windowed(algorithm.kernel, window),
+                keep_means=algorithm.keeps_means,
+                **sampling,
+            )
+            chunk = Chunk(number, replace(rollout, images=None), groups, asked)
+            pending.append(scorer.submit(rollout.images, chunk.prompts, chunk.metadata))
+            pictures = pictures or list(rollout.images)
+            chunks.append(chunk)
+        clock.lap("time/sample")
+        mine = [future.result() for future in pending]
+    scores = _joined(world.gather(mine), config.batch_size)
+    clock.lap("time/reward")
+    texts = [prompts[prompt].text for prompt, _ in pairs]
+    state.reward_calls += len(texts)
+    return Batch(chunks, texts, scores, algorithm.advantages(scores, texts, state.history), pictures, window)
+
+
+def noise_window(
+    policy: Policy, algorithm: Algorithm, sampling: Mapping[str, Any], epoch: int, seed: int
+) -> range | None:
+    """Which steps are drawn with noise in an epoch; None where the algorithm has no window.
+
+    Raises:
+        ConfigError: the window does not lie within the schedule, or nobody says how many steps that has.
+    """
+    parameters = inspect.signature(type(policy.pipe).__call__).parameters
+    default = parameters["num_inference_steps"].default if "num_inference_steps" in parameters else None
+    steps = sampling.get("num_inference_steps", default)
+    if not isinstance(steps, int):
+        return None  # a pipeline whose own schedule nobody can change (diffusion forcing) has no windows
+    window = algorithm.window(epoch, steps, seed)
+    if window is not None and window.stop > steps:
+        raise ConfigError(
+            f"the window of steps {window.start} to {window.stop - 1} ends after the last of the {steps} denoising "
+            "steps; make window_size or window_last smaller, or num_inference_steps larger."
+        )
+    return window
+
+
+def windowed(kernel: Kernel | None, window: range | None) -> Kernel | None:
+    """The kernel, inside the window only."""
+    return kernel if window is None else Window(kernel, window.start, len(window))
+
+
+def _joined(parts: Sequence[Scores], size: int) -> Scores:
+    names = dict.fromkeys(name for part in parts for name in part.components)
+    return Scores(
+        np.concatenate([part.values for part in parts]),
+        {name: np.concatenate([part.components.get(name, np.full(size, np.nan)) for part in parts]) for name in names},
+        {number * size + index: why for number, part in enumerate(parts) for index, why in part.reasons.items()},
+    )

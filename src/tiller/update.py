@@ -1,0 +1,103 @@
+"""An epoch's updates: walk through its samples, add up gradients, step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tiller.algorithms.base import Algorithm, RewardGradient
+from tiller.collect import Batch
+from tiller.distributed import World
+from tiller.metrics import Log
+from tiller.policy import Policy, Rollout
+from tiller.rewards import Reward
+from tiller.settings import TrainConfig
+from tiller.state import TrainState
+from tiller.types import ConfigError, TillerError
+from tiller.walks import Chunk, Walker, as_rows
+
+GIVE_UP_AFTER = 5  # updates in a row whose gradient is not finite
+
+
+def update(
+    policy: Policy,
+    batch: Batch,
+    algorithm: Algorithm,
+    config: TrainConfig,
+    state: TrainState,
+    world: World,
+    reward: Reward | None = None,
+) -> dict[str, float]:
+    """Go through an epoch's samples, `inner_epochs` times, with `updates_per_epoch` optimiser steps each time.
+
+    `reward` is for algorithms that differentiate it. Returns means of what the losses had to tell.
+    """
+    log = Log()
+    walker = Walker(policy, algorithm, state, config.seed, reward)
+    per_update = config.samples_per_epoch // config.updates_per_epoch // config.batch_size
+    for inner in range(algorithm.inner_epochs):
+        random = np.random.default_rng((config.seed, state.epoch, inner))
+        for part in random.permutation(config.updates_per_epoch):
+            numbers = range(part * per_update, (part + 1) * per_update)
+            mine = [chunk for chunk in batch.chunks if chunk.number in numbers]
+            steps = _steps(mine[0].rollout, algorithm, batch.window, random)
+            known = np.isfinite(batch.advantages[numbers.start * config.batch_size : numbers.stop * config.batch_size])
+            if not known.any():
+                continue
+            state.optimizer.zero_grad(set_to_none=True)  # an update that was broken off may have left something
+            for chunk in mine:
+                rows = slice(chunk.number * config.batch_size, (chunk.number + 1) * config.batch_size)
+                _accumulate(walker, chunk, batch.advantages[rows], steps, inner, 1 / (known.sum() * len(steps)), log)
+            world.sum_gradients(state.parameters.values())
+            _step(state, config, log)
+    return log.means(world)
+
+
+def _steps(rollout: Rollout, algorithm: Algorithm, window: range | None, random: np.random.Generator) -> list[Any]:
+    """What an update trains of each rollout: steps, or the passes of an algorithm that differentiates the reward."""
+    total = len(rollout.records)
+    if isinstance(algorithm, RewardGradient):
+        return list(algorithm.passes(total, random))
+    eligible = rollout.steps if algorithm.walk == "recorded" else range(total)
+    inside = [index for index in eligible if window is None or index in window]
+    if not inside:
+        raise ConfigError(
+            f"no step of the {total} denoising steps can be trained: the window is {window}, and {len(eligible)} steps "
+            "have a density; move the window, or take a kernel with noise."
+        )
+    return algorithm.steps(inside, random)
+
+
+def _accumulate(
+    walker: Walker, chunk: Chunk, advantages: np.ndarray, steps: Sequence[Any], inner: int, scale: float, log: Log
+) -> None:
+    """Add one chunk's gradient; `scale` makes the sum a mean over an update's known samples and trained steps."""
+    values, known = as_rows(advantages, chunk.rollout.latents[-1])
+    if not len(known):
+        return
+
+    def on_step(step: Any) -> None:
+        losses, numbers = walker.algorithm.loss(step, values)
+        losses = losses[known]
+        step.backward(losses.sum() * scale)
+        with torch.no_grad():
+            numbers["policy/loss"] = losses.mean()
+            if getattr(step, "old_log_prob", None) is not None and walker.algorithm.walk == "recorded":
+                numbers["policy/log_ratio_max"] = (step.log_prob - step.old_log_prob).abs().max()
+        log.add({name: float(number.detach()) for name, number in numbers.items()})
+
+    walker.walk(chunk, steps, inner, on_step)
+
+
+def _step(state: TrainState, config: TrainConfig, log: Log) -> None:
+    norm = state.step(config)
+    if np.isfinite(norm):
+        log.add({"optim/grad_norm": norm})
+    if state.skipped_in_a_row >= GIVE_UP_AFTER:
+        raise TillerError(
+            f"the gradient was not finite {GIVE_UP_AFTER} times in a row; lower train.learning_rate, or train "
+            "in float32 (model.mixed_precision=no)."
+        )

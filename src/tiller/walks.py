@@ -1,0 +1,132 @@
+"""Walks: what an algorithm's loss is shown of one rollout. One function for each value of `Algorithm.walk`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiller.algorithms.base import Algorithm, Pass
+from tiller.policy import Policy, Rollout, Step
+from tiller.policy.forward import ForwardProcess
+from tiller.policy.noise import key
+from tiller.policy.rollout import Seen
+from tiller.rewards.gradient import score_with_graph
+from tiller.state import TrainState
+from tiller.types import Prompt
+
+Shown = Callable[[Any], None]
+"""Gets a `Step`, or in a live walk a `Live`, one after the other."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One recorded batch of an epoch, and what was asked for in it."""
+
+    number: int  # among the epoch's batches, over all processes
+    rollout: Rollout
+    groups: np.ndarray  # (B,) int64: which samples were drawn for the same prompt side by side
+    asked: Sequence[Prompt]  # B
+
+    @property
+    def prompts(self) -> list[str]:
+        """B texts."""
+        return [prompt.text for prompt in self.asked]
+
+    @property
+    def metadata(self) -> list[Mapping[str, Any]]:
+        """B mappings."""
+        return [prompt.metadata for prompt in self.asked]
+
+    def shared(self) -> list[int]:
+        """(B,) each sample's index replaced by that of its group's first."""
+        first = {int(group): self.rollout.samples[row] for row, group in reversed(list(enumerate(self.groups)))}
+        return [first[int(group)] for group in self.groups]
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a live walk shows: the pictures as they come out now, and their rewards, with the graph of both."""
+
+    index: int  # the first live step
+    pictures: Tensor  # (B, C, H, W) in [0, 1]
+    rewards: Tensor  # (B,)
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`, as a step has it."""
+        loss.backward()
+
+
+@dataclass
+class Walker:
+    """Shows one chunk after the other to a loss, and remembers what other copies of the weights said of it."""
+
+    policy: Policy
+    algorithm: Algorithm
+    state: TrainState
+    seed: int
+    reward: Any = None  # of pictures with a graph, for a live walk
+    _seen: dict[tuple[str, int, int], Seen] = field(default_factory=dict)  # by copy, chunk and step
+
+    def walk(self, chunk: Chunk, steps: Sequence[Any], inner: int, show: Shown) -> None:
+        """Show the chosen steps (in a live walk: passes) of one chunk, in the inner epoch of that number."""
+        kinds: Mapping[str, Callable[..., None]] = {
+            "recorded": self._recorded,
+            "noised": self._noised,
+            "live": self._live,
+        }
+        kinds[self.algorithm.walk](chunk, steps, inner, show)
+
+    def _recorded(self, chunk: Chunk, steps: Sequence[int], inner: int, show: Shown) -> None:
+        """The path as it was sampled. What frozen copies say of it is found out once per epoch."""
+        for name in self.algorithm.needs:
+            missing = [index for index in steps if (name, chunk.number, index) not in self._seen]
+            with torch.no_grad(), self.state.using(name):
+                self.policy.replay(chunk.rollout, self._remember(name, chunk), missing)
+        self.policy.replay(chunk.rollout, self._with_others(chunk, show), steps)
+        if any(name != "reference" for name in self.algorithm.needs):
+            self._seen.clear()  # a copy that follows the weights will have moved
+
+    def _noised(self, chunk: Chunk, steps: Sequence[int], inner: int, show: Shown) -> None:
+        """The clean latents, noised again: fresh noise for every step of every inner epoch."""
+        fresh = key("noised", self.seed, self.state.epoch, inner)
+        samples = chunk.shared() if self.algorithm.shared_noise else None
+        path = ForwardProcess(chunk.rollout, fresh, samples)
+        for name in self.algorithm.needs:
+            with torch.no_grad(), self.state.using(name):
+                self.policy.predict(chunk.rollout, self._remember(name, chunk), path, steps)
+        self.policy.predict(chunk.rollout, self._with_others(chunk, show), path, steps)
+        self._seen.clear()
+
+    def _live(self, chunk: Chunk, passes: Sequence[Pass], inner: int, show: Shown) -> None:
+        """The last steps taken again with a graph, which the reward carries on."""
+        assert self.reward is not None
+        rollout = chunk.rollout
+        for number, one in enumerate(passes):
+            fresh = ForwardProcess(rollout, key("live", self.seed, self.state.epoch, inner, number))
+            pictures = self.policy.unroll(rollout, one.start, one.stop, fresh(one.start) if one.renoised else None)
+            show(Live(one.start, pictures, score_with_graph(self.reward, pictures, chunk.prompts, chunk.metadata)))
+
+    def _remember(self, name: str, chunk: Chunk) -> Callable[[Step], None]:
+        def on_step(step: Step) -> None:
+            self._seen[name, chunk.number, step.index] = step.seen()
+
+        return on_step
+
+    def _with_others(self, chunk: Chunk, show: Shown) -> Callable[[Step], None]:
+        def on_step(step: Step) -> None:
+            step.groups = torch.from_numpy(chunk.groups).to(step.prediction.device)
+            step.others = {name: self._seen[name, chunk.number, step.index] for name in self.algorithm.needs}
+            show(step)
+
+        return on_step
+
+
+def as_rows(values: np.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) advantages with 0 for the missing, and the indices of those that are known, where `like` lies."""
+    known = torch.from_numpy(np.flatnonzero(np.isfinite(values))).to(like.device)
+    return torch.from_numpy(np.nan_to_num(values)).float().to(like.device), known
