@@ -67,8 +67,8 @@ def test_train_leaves_everything_the_readme_names_and_evaluate_and_sample_read_i
         ("raise KeyError('boom')", "boom"),
         ("return [1.0]", "1"),
         ("return ['good'] * len(images)", "good"),
-        ("return [1.0] * len(images)", "every one of 4 pictures"),
-        ("return [None] * len(images)", "no score to any of 4 pictures"),
+        ("return [1.0] * len(images)", "every one of 32 pictures of 2 prompts"),
+        ("return [None] * len(images)", "no score to any of 32 pictures of 2 prompts"),
     ],
 )
 def test_a_bad_reward_is_refused_before_training_in_one_sentence(recipe, tmp_path, capsys, body, sentence):

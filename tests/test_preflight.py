@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -53,12 +55,77 @@ def test_one_inference_step_is_enough() -> None:
 # ---- rewards ----
 
 
-def test_a_constant_reward_is_refused() -> None:
-    assert "nothing to prefer" in str(refusal(Policy(toy()), lambda images, prompts, metadata: [0.5] * len(images)))
+class Judge:
+    """1 where `succeeds(prompt, k-th picture of all)`, else 0; remembers what it was shown."""
+
+    def __init__(self, succeeds: Callable[[str, int], bool]):
+        self.seen: list[str] = []
+        self.succeeds = succeeds
+
+    def __call__(self, images: Sequence[Any], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:
+        first = len(self.seen)
+        self.seen += prompts
+        return [float(self.succeeds(prompt, first + index)) for index, prompt in enumerate(prompts)]
+
+
+def test_a_constant_reward_is_refused_after_a_bounded_search() -> None:
+    judge = Judge(lambda prompt, number: False)
+    said = str(refusal(Policy(toy()), judge))
+    assert "gave 0 to every one of 32 pictures of one prompt, so there is nothing to prefer" in said
+    assert len(judge.seen) == 4 + 32
+
+
+def test_a_rare_success_is_found_and_the_search_stops_there() -> None:
+    """The ninth picture of the search, of the third prompt, is the first that succeeds."""
+    judge = Judge(lambda prompt, number: number == 4 + 8)
+    policy, steps = Policy(toy()), list[int]()
+    sample = policy.sample
+
+    def counted(*arguments: Any, **call: Any) -> Any:
+        rollout = sample(*arguments, **call)
+        steps.append(len(rollout.records))
+        return rollout
+
+    policy.sample = counted  # type: ignore[method-assign]
+    prompts = [Prompt(f"prompt {number}") for number in range(80)]
+    preflight(policy, prompts, judge, DDPO(), {"num_inference_steps": 9})
+    assert judge.seen == ["prompt 0"] * 4 + ["prompt 0"] * 4 + ["prompt 10"] * 4 + ["prompt 20"] * 4
+    assert steps == [4, 4, 9, 9, 9]  # the trial, its picture without noise, and three rounds in full
+
+
+def test_a_reward_that_knows_only_the_prompt_is_refused() -> None:
+    judge = Judge(lambda prompt, number: "cat" in prompt)
+    prompts = [Prompt("a cat"), Prompt("a dog"), Prompt("a cat in a hat")]
+    with pytest.raises(RewardError, match="same score to all pictures of a prompt, for 32 pictures of 3 prompts"):
+        preflight(Policy(toy()), prompts, judge, DDPO(), {})
+
+
+def test_one_prompt_is_searched_with_new_noise_each_time() -> None:
+    seen: list[bytes] = []
+
+    def late(images: Sequence[Any], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:
+        seen.extend(image.tobytes() for image in images)
+        return [0.0] * len(images) if len(seen) <= 28 else [1.0] * len(images)
+
+    check(Policy(toy()), late)  # within the prompt, though not within a round
+    assert len(seen) == 32
+    assert len(set(seen)) == 28  # the first round repeats the trial's noise, and the toy has four steps anyway
+
+
+def test_a_judge_that_cannot_score_a_blur_passes_if_it_scores_the_finished_picture() -> None:
+    calls: list[int] = []
+
+    def strict(images: Sequence[Any], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float | None]:
+        calls.append(len(images))
+        return [None] * len(images) if len(calls) == 1 else list(brightness(images, prompts, metadata))
+
+    check(Policy(toy()), strict, num_inference_steps=8)
+    assert len(calls) == 2
 
 
 def test_a_reward_without_any_score_is_refused() -> None:
-    assert "no score" in str(refusal(Policy(toy()), lambda images, prompts, metadata: [None] * len(images)))
+    said = str(refusal(Policy(toy()), lambda images, prompts, metadata: [None] * len(images)))
+    assert "gave no score to any of 32 pictures of one prompt (all None)" in said
 
 
 def test_a_reward_of_the_wrong_length_is_refused() -> None:
@@ -142,7 +209,7 @@ def test_active_dropout_is_refused() -> None:
 
 
 def test_a_kernel_without_density_is_refused() -> None:
-    error = refusal(Policy(toy()), algorithm=DDPO(kernel=ODE()))
+    error = refusal(Policy(toy()), algorithm=cast(Algorithm, SimpleNamespace(kernel=ODE())))  # DDPO refuses it itself
     assert "has a density under ODE" in str(error)
     assert "choose a kernel with noise" in str(error)
 

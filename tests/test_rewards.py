@@ -362,19 +362,22 @@ def test_closing_without_waiting_cancels_what_is_queued_and_does_not_hang() -> N
 
 
 @pytest.mark.parametrize(
-    ("values", "group", "says"),
+    ("values", "prompts", "says"),
     [
         ([], None, "no pictures"),
-        ([np.nan, np.nan], None, "no score to any of 2"),
+        ([np.nan, np.nan], None, "no score to any of 2 pictures (all NaN)"),
         ([1.0, np.nan], None, "only one of 2"),
-        ([3.0, 3.0, np.nan], None, "gave 3 to every one of 2"),
-        ([1.0, 1.0, 2.0, 2.0], 2, "same score to all pictures of a prompt, for each of 2 prompts"),
+        ([3.0, 3.0], None, "gave 3 to every one of 2 pictures, so"),
+        ([3.0, 3.0, np.nan], "aab", "gave 3 to every one of 3 pictures of 2 prompts, where it gave one at all, so"),
+        ([0.0, 0.0], "aa", "gave 0 to every one of 2 pictures of one prompt"),
+        ([1.0, 1.0, 2.0, 2.0], "aabb", "same score to all pictures of a prompt, for 4 pictures of 2 prompts"),
         ([1.0, 1.0, 2.0, 2.0], None, ""),
-        ([1.0, 1.0, 2.0, 2.5], 2, ""),
-        ([1.0, np.nan, 2.0, np.nan], 2, "same score to all pictures"),
+        ([1.0, 1.0, 2.0, 2.0], "abab", ""),
+        ([1.0, 1.0, 2.0, 2.5], "aabb", ""),
+        ([1.0, np.nan, 2.0, np.nan], "aabb", "same score to all pictures"),
         ([1.0], None, ""),
     ],
 )
-def test_describe(values, group, says) -> None:
-    said = describe(Scores(np.array(values, dtype=float)), group)
+def test_describe(values, prompts, says) -> None:
+    said = describe(Scores(np.array(values, dtype=float)), prompts and list(prompts))
     assert (says in said) if says else said == ""

@@ -15,10 +15,11 @@ from tiller.policy import Policy, Rollout, Step
 from tiller.policy.weights import ADAPTER
 from tiller.rewards import Reward, score
 from tiller.rewards.check import describe
-from tiller.types import PipelineError, Prompt, RewardError
+from tiller.types import PipelineError, Prompt, RewardError, Scores
 
 STEPS = 4  # denoising steps of the trial calls, where the pipeline lets one choose
 SAMPLES = 4  # pictures of the trial, all of one prompt, so that a reward can be seen to vary within a group
+ROUNDS = 8  # more of these, in full and of other prompts, where the trial's pictures all get the same score
 RATIO_TOLERANCE = 1e-4  # |log π_θ - log π_old| before any update, averaged over elements
 
 
@@ -38,20 +39,54 @@ def preflight(
         RewardError: the reward fails, or cannot tell pictures of one prompt apart.
     """
     call = _short(policy, sampling)
-    asked = [prompts[0]] * SAMPLES
-    texts = [prompt.text for prompt in asked]
+    texts = [prompts[0].text] * SAMPLES
     rollout = policy.sample(texts, seed=seed, kernel=algorithm.kernel, **call)
-    check_reward(reward, rollout.images, asked)
+    varies = not describe(_judged(reward, rollout.images, prompts[0]), texts)
     check_replay(policy, rollout)
     check_stock(policy, texts[0], seed, call)
+    if not varies:
+        check_reward(policy, prompts, reward, algorithm, sampling, seed)
 
 
-def check_reward(reward: Reward, images: Sequence[Any], asked: Sequence[Prompt]) -> None:
-    """The reward gives finite scores, and not the same one for every picture."""
-    scores = score(reward, images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
-    complaint = describe(scores, group_size=len(asked))
-    if complaint:
-        raise RewardError(complaint)
+def check_reward(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    algorithm: Algorithm,
+    sampling: Mapping[str, Any],
+    seed: int = 0,
+) -> None:
+    """The reward tells two pictures of a prompt apart, within some rounds over prompts from all of the list.
+
+    These pictures get all of their denoising steps: a judge of success may find none in a blur. It stops at the first
+    difference.
+
+    Raises:
+        RewardError: all pictures of each prompt got the same score, or none.
+    """
+    texts: list[str] = []
+    parts: list[Scores] = []
+    for turn in range(ROUNDS):
+        lap, place = divmod(turn, min(ROUNDS, len(prompts)))
+        prompt = prompts[place * len(prompts) // min(ROUNDS, len(prompts))]
+        asked, samples = [prompt.text] * SAMPLES, range(lap * SAMPLES, (lap + 1) * SAMPLES)
+        drawn = policy.sample(asked, seed=seed, samples=samples, kernel=algorithm.kernel, **sampling)
+        texts += asked
+        parts.append(_judged(reward, drawn.images, prompt))
+        complaint = describe(_joined(parts), texts)
+        if not complaint:
+            return
+    raise RewardError(complaint)
+
+
+def _judged(reward: Reward, images: Sequence[Any], prompt: Prompt) -> Scores:
+    return score(reward, images, [prompt.text] * len(images), [prompt.metadata] * len(images))
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of SAMPLES pictures each, in a row."""
+    reasons = {part * SAMPLES + at: why for part, scores in enumerate(parts) for at, why in scores.reasons.items()}
+    return Scores(np.concatenate([scores.values for scores in parts]), {}, reasons)
 
 
 def check_replay(policy: Policy, rollout: Rollout) -> None:

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tiller.types import Scores
 
+CURE = "check it on pictures that it should tell apart, or choose prompts where it sometimes gives another score"
 
-def describe(scores: Scores, group_size: int | None = None) -> str:
+
+def describe(scores: Scores, prompts: Sequence[str] | None = None) -> str:
     """One sentence on what makes N scores useless for training; empty if nothing does.
 
-    With `group_size` G the scores are N / G groups of the same prompt, one after the other, and at least
-    one group must hold two different scores: an advantage is a difference within a group.
+    With the N pictures' `prompts`, at least two pictures of one prompt must have different scores: an advantage is
+    a difference within a group.
     """
     values = scores.values[scores.valid]
+    pictures = f"{len(scores.values)} pictures" + _of(prompts)
     if not len(scores.values):
         return "there are no pictures to score."
     if not len(values):
         why = ", ".join(sorted(set(scores.reasons.values()))) or "NaN"
-        return f"the reward gave no score to any of {len(scores.values)} pictures (all {why})."
+        return f"the reward gave no score to any of {pictures} (all {why}); {CURE}."
     if len(values) == 1 and len(scores.values) > 1:
-        return f"the reward gave a score to only one of {len(scores.values)} pictures, so there is nothing to compare."
+        return f"the reward gave a score to only one of {pictures}, so there is nothing to compare; {CURE}."
     if len(values) > 1 and np.ptp(values) == 0:
-        return f"the reward gave {values[0]:g} to every one of {len(values)} pictures, so there is nothing to prefer."
-    if group_size and group_size > 1 and not _varies_within_a_group(scores, group_size):
+        missing = "" if len(values) == len(scores.values) else ", where it gave one at all"
         return (
-            "the reward gave the same score to all pictures of a prompt, for each of "
-            f"{len(scores.values) // group_size} prompts; it must depend on the picture, not on the prompt alone."
+            f"the reward gave {values[0]:g} to every one of {pictures}{missing}, so there is nothing to prefer; {CURE}."
+        )
+    if prompts is not None and not _varies_within_a_group(scores, prompts):
+        return (
+            f"the reward gave the same score to all pictures of a prompt, for {pictures}; it must depend on the "
+            "picture, not on the prompt alone."
         )
     return ""
 
 
-def _varies_within_a_group(scores: Scores, group_size: int) -> bool:
-    for start in range(0, len(scores.values), group_size):
-        group = scores.values[start : start + group_size]
-        group = group[np.isfinite(group)]
-        if len(group) > 1 and np.ptp(group) > 0:
-            return True
-    return False
+def _of(prompts: Sequence[str] | None) -> str:
+    """ " of 8 prompts", where the prompts are known."""
+    count = len(set(prompts or ()))
+    return "" if not prompts else " of one prompt" if count == 1 else f" of {count} prompts"
+
+
+def _varies_within_a_group(scores: Scores, prompts: Sequence[str]) -> bool:
+    groups: dict[str, list[float]] = {}
+    for prompt, value in zip(prompts, scores.values, strict=True):
+        if np.isfinite(value):
+            groups.setdefault(prompt, []).append(value)
+    return any(min(group) < max(group) for group in groups.values())
