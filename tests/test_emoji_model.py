@@ -67,6 +67,6 @@ def test_prompts_are_the_same_for_the_same_seed_and_the_sheet_holds_all():
 
 
 def test_a_missing_model_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(emoji, "MODEL", tmp_path / "model")
+    monkeypatch.setattr(emoji, "FOLDER", tmp_path)
     with pytest.raises(TillerError, match="tiller pretrain"):
         emoji.path()

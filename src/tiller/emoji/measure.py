@@ -1,6 +1,6 @@
 """Measures a model of the embedded world by the gold judge, and paints a sheet of its samples.
 
-python -m tiller.emoji.measure [--model FOLDER] [--count 64] [--guidance 4] [--steps 20] [--sheet FILE.png]
+python -m tiller.emoji.measure [--model emoji-flow] [--count 64] [--guidance 4] [--steps 20] [--sheet FILE.png]
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from tiller import emoji
@@ -31,16 +31,16 @@ def prompts_of(kind: str, count: int, seed: int = 1) -> list[str]:
     return [scenes.caption(scenes.sample(rng, kind)) for _ in range(count)]
 
 
-def load(folder: Path) -> StableDiffusionPipeline:
-    """The pipeline in fp32 with plain DDIM."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+def load(model: str | Path) -> Any:
+    """The pipeline in fp32, silent: one that comes with tiller, by name, or a folder."""
+    folder = emoji.path(str(model)) if str(model) in emoji.MODELS else model
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def paint(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     prompts: Sequence[str],
     guidance: float,
     steps: int,
@@ -87,13 +87,13 @@ def sheet(images: Sequence[Image.Image], prompts: Sequence[str], columns: int, z
 def main() -> None:
     """Prints the table; writes the sheet if asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=None, help="a pipeline folder; default the shipped one")
+    parser.add_argument("--model", default="emoji", help="emoji, emoji-flow or a pipeline folder")
     parser.add_argument("--count", type=int, default=64, help="prompts of each kind")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sheet", type=Path, default=None)
     options = parser.parse_args()
-    pipe, judge = load(options.model or emoji.path()), Judge.load()
+    pipe, judge = load(options.model), Judge.load()
     shown: list[tuple[Image.Image, str]] = []
     for kind in KINDS:
         prompts = prompts_of(kind, options.count)

@@ -7,13 +7,14 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from tiller import emoji
 from tiller.types import PipelineError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def load_pipeline(name_or_path: str | Path, **loading: Any) -> DiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained(...)`; "emoji" is the model that comes with tiller.
+    """`DiffusionPipeline.from_pretrained(...)`; "emoji" and "emoji-flow" are the models that come with tiller.
 
     Raises:
         PipelineError: the folder holds custom code or only pickled weights, or diffusers cannot load it.
@@ -21,17 +22,18 @@ def load_pipeline(name_or_path: str | Path, **loading: Any) -> DiffusionPipeline
     for name in ("custom_pipeline", "trust_remote_code"):
         if loading.get(name):
             raise PipelineError(f"{name} runs code that comes with a model, which tiller never does; leave it out.")
-    if str(name_or_path) == "emoji":
-        from tiller.emoji import path
-
-        name_or_path = path()
+    if str(name_or_path) in emoji.MODELS:
+        name_or_path = emoji.path(str(name_or_path))
     folder = Path(name_or_path)
     if folder.is_dir():
         _inspect(folder)
     try:
         return DiffusionPipeline.from_pretrained(str(name_or_path), use_safetensors=True, **loading)
     except (OSError, ValueError) as error:
-        raise PipelineError(f"cannot load the pipeline {str(name_or_path)!r}: {_first_line(error)}") from error
+        shipped = " and ".join(emoji.MODELS)
+        raise PipelineError(
+            f"cannot load the pipeline {str(name_or_path)!r} (with tiller come {shipped}): {_first_line(error)}"
+        ) from error
 
 
 def _inspect(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,16 +11,18 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 from transformers import CLIPTokenizer
 
-from tiller.pretrain import autoencoder, data, phases, tokenizer
-from tiller.pretrain.config import AutoencoderConfig, DecoderConfig, DenoiserConfig, PretrainConfig
+from tiller.pretrain import autoencoder, data, phases, start, tokenizer
+from tiller.pretrain.config import AutoencoderConfig, DecoderConfig, DenoiserConfig, FlowConfig, PretrainConfig
 from tiller.pretrain.denoiser import PROMPT_TOKENS, Denoiser
 from tiller.pretrain.export import export
+from tiller.pretrain.flow import LONGEST, FlowDenoiser
 from tiller.pretrain.training import Progress
 
 __all__ = [
     "AutoencoderConfig",
     "DecoderConfig",
     "DenoiserConfig",
+    "FlowConfig",
     "PretrainConfig",
     "Progress",
     "pretrain",
@@ -35,22 +38,37 @@ def pretrain(config: PretrainConfig) -> Iterator[Progress]:
     folder = Path(config.output) / "train"
     source = data.open_source(config.data, config.size)
     vae, model, words = build(config, source, folder)
-    yield from phases.train_autoencoder(vae, source, config, folder)
-    pool = phases.Pool(vae, words, source, config)
+    if config.start is None:
+        yield from phases.train_autoencoder(vae, source, config, folder)
+    pool = phases.Pool(vae, partial(model.tokenise, words), source, config, folder)
     yield from phases.train_denoiser(model, pool, config, folder)
-    yield from phases.train_decoder(vae, source, config, folder)
-    export(vae, model, words, Path(config.output) / "pipeline")
+    if config.start is None:
+        yield from phases.train_decoder(vae, source, config, folder)
+    export(model.pipeline(vae, words), Path(config.output) / "pipeline")
 
 
-def build(config: PretrainConfig, source: data.Source, folder: Path) -> tuple[AutoencoderKL, Denoiser, CLIPTokenizer]:
-    """The untrained parts, the same for the same seed."""
-    words = tokenizer.build(data.vocabulary(source.texts(), config.words), PROMPT_TOKENS, folder)
-    torch.manual_seed(config.seed)
-    vae = autoencoder.build(config.autoencoder, config.size)
-    side = config.size // 2 ** (len(config.autoencoder.channels) - 1)
+def build(
+    config: PretrainConfig, source: data.Source, folder: Path
+) -> tuple[AutoencoderKL, Denoiser | FlowDenoiser, CLIPTokenizer]:
+    """The parts, untrained or from `config.start`; the same for the same seed."""
+    if config.start is None:
+        words = tokenizer.build(data.vocabulary(source.texts(), config.words), PROMPT_TOKENS, folder)
+        torch.manual_seed(config.seed)
+        vae = autoencoder.build(config.autoencoder, config.size)
+    else:
+        vae, words = start.autoencoder_and_words(config.start)
+    side = config.check_size(2 ** (len(vae.config["block_out_channels"]) - 1))
     torch.manual_seed(config.seed + 1)
-    channels = config.autoencoder.latent_channels
-    model = Denoiser(config.denoiser, channels, side, len(words), words.eos_token_id)
+    sizes = (vae.config["latent_channels"], side, len(words), words.eos_token_id)
+    flow = config.denoiser.flow
+    model: Denoiser | FlowDenoiser
+    if flow is None:
+        model = Denoiser(config.denoiser, *sizes)
+    else:
+        words.model_max_length, words.padding_side = LONGEST, "left"
+        model = FlowDenoiser(config.denoiser, flow, config.size, *sizes)
+    if config.start is not None:
+        start.word_vectors(config.start, model.text)
     parts: list[nn.Module] = [vae, model]
     for part in parts:
         part.to(phases.device_of(config))

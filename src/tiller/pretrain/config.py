@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,13 +22,32 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True)
-class DenoiserConfig:
-    """A U-Net with cross-attention on a text encoder that is trained with it (v-prediction)."""
+class FlowConfig:
+    """A transformer on text and latents together, which learns rectified flow (velocity eps - x0)."""
 
+    width: int = 256
+    layers: int = 8
+    head_width: int = 64
+    patch: int = 2  # latents along each side of one token
+    time_width: int = 32  # of the vector that holds the noise level
+    sigmas: Literal["uniform", "logit_normal"] = "logit_normal"  # how noise levels are drawn
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.layers, self.head_width, self.patch, self.time_width) < 1:
+            raise ConfigError("flow's numbers must be at least 1")
+        if self.width % self.head_width or self.head_width % 4:
+            raise ConfigError(f"flow.width is {self.width}; it must be a multiple of head_width, and that of 4")
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """A U-Net with cross-attention on a text encoder that is trained with it (v-prediction), or a flow transformer."""
+
+    flow: FlowConfig | None = None  # a transformer in place of the U-Net, whose `channels` and `layers` then are idle
     channels: tuple[int, ...] = (128, 160)
     layers: int = 1
     text_width: int = 192
-    text_layers: int = 2
+    text_layers: int = 2  # that are read
     steps: int = 5000
     batch: int = 48
     lr: float = 1e-3
@@ -49,12 +69,13 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """What to learn from, where to write, and the three phases."""
+    """What to learn from, where to write, and the three phases; with `start`, the second of them alone."""
 
     output: str = "model"
     data: str = "emoji"  # "emoji", a folder of pictures with captions, or "hub:NAME" of a Hugging Face dataset
     size: int = 64  # pixels
     seed: int = 0
+    start: str | None = None  # a pipeline folder, or emoji: its autoencoder and its words, with their vectors
     words: int = 4000  # the most frequent words become one token each
     save_every: int = 200  # steps
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16 is autocast: weights stay fp32
@@ -75,6 +96,23 @@ class PretrainConfig:
             for key in ("steps", "batch"):
                 if getattr(getattr(self, section), key) < 1:
                     raise ConfigError(f"{section}.{key} must be at least 1")
-        levels = len(self.autoencoder.channels) + len(self.denoiser.channels) - 2
-        if self.size <= 0 or self.size % 2**levels:
-            raise ConfigError(f"size is {self.size}; with these channels it must be a multiple of {2**levels}")
+        if self.start is not None and (self.autoencoder, self.decoder) != (AutoencoderConfig(), DecoderConfig()):
+            raise ConfigError("start brings an autoencoder that stays as it is; leave out autoencoder and decoder")
+        if self.denoiser.flow is not None and self.denoiser.channels != DenoiserConfig().channels:
+            raise ConfigError("denoiser.channels belongs to the U-Net; leave it out, or leave out denoiser.flow")
+        if self.start is None:
+            self.check_size(2 ** (len(self.autoencoder.channels) - 1))
+
+    def check_size(self, factor: int) -> int:
+        """The side of the latents, the autoencoder making pictures `factor` times smaller.
+
+        Raises:
+            ConfigError: autoencoder or denoiser cannot halve pictures of this size as often as they should.
+        """
+        flow = self.denoiser.flow
+        unit = factor * (2 ** (len(self.denoiser.channels) - 1) if flow is None else flow.patch)
+        if flow is not None:
+            unit = math.lcm(unit, 16)  # which the pipeline asks for
+        if self.size <= 0 or self.size % unit:
+            raise ConfigError(f"size is {self.size}; with these channels it must be a multiple of {unit}")
+        return self.size // factor

@@ -1,18 +1,21 @@
-"""The text-conditioned latent denoiser: a U-Net with cross-attention and the text encoder that is trained with it."""
+"""A denoiser: a U-Net with cross-attention and the text encoder that is trained with it. The other is in `flow`."""
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tiller.pretrain.config import DenoiserConfig
+from tiller.pretrain.export import halved
 
 PROMPT_TOKENS = 24
 
@@ -36,6 +39,7 @@ class Denoiser(nn.Module):
     def __init__(self, config: DenoiserConfig, channels: int, size: int, vocabulary: int, end: int) -> None:
         super().__init__()
         levels = len(config.channels)
+        self.scheduler = schedule()
         self.text = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=vocabulary,
@@ -67,6 +71,21 @@ class Denoiser(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         states = self.text(tokens).last_hidden_state  # (B, L, D)
         return self.unet(latents, timesteps, encoder_hidden_states=states).sample
+
+    def loss(self, latents: Tensor, tokens: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """`denoising_loss` at times (B,) in [0, 1)."""
+        return denoising_loss(self, self.scheduler, latents, tokens, (1000 * times).long(), noise)
+
+    def tokenise(self, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+        """Token ids (N, L) as the pipeline makes them."""
+        return tokenise(tokenizer, texts)
+
+    def pipeline(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+        """The parts as one pipeline, weights in fp16."""
+        parts: dict[str, Any] = {"vae": halved(vae), "text_encoder": halved(self.text), "unet": halved(self.unet)}
+        parts |= {"tokenizer": tokenizer, "scheduler": schedule()}
+        parts |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 def tokenise(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Writes a plain diffusers `StableDiffusionPipeline` folder, safetensors only."""
+"""Writes a plain diffusers pipeline folder, safetensors only."""
 
 from __future__ import annotations
 
@@ -8,32 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from torch import nn
-from transformers import CLIPTokenizer
-
-from tiller.pretrain.denoiser import Denoiser, schedule
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
-def pipeline(vae: AutoencoderKL, text: nn.Module, unet: nn.Module, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
-    """The parts as one pipeline."""
-    parts: dict[str, Any] = {"vae": vae, "text_encoder": text, "unet": unet, "tokenizer": tokenizer}
-    parts |= {
-        "scheduler": schedule(),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "image_encoder": None,
-    }
-    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
-
-
-def export(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, folder: Path, half: bool = True) -> None:
-    """Writes the folder beside and renames it into place; weights in fp16."""
+def export(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Writes the folder beside and renames it into place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as beside:
         new, old = Path(beside) / "new", Path(beside) / "old"
-        pipe = pipeline(halved(vae), halved(model.text), halved(model.unet), tokenizer)
         pipe.save_pretrained(new, safe_serialization=True)
         _load_in_fp32(new / "text_encoder" / "config.json")
         if folder.exists():

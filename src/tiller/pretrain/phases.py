@@ -5,19 +5,21 @@ Every batch is a function of (seed, phase, step) alone, so an interrupted run en
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTokenizer
 
-from tiller.pretrain import autoencoder, denoiser
+from tiller.pretrain import autoencoder
 from tiller.pretrain.config import PretrainConfig
 from tiller.pretrain.data import Source
-from tiller.pretrain.training import Progress, Training, optimise
+from tiller.pretrain.denoiser import Denoiser
+from tiller.pretrain.flow import FlowDenoiser
+from tiller.pretrain.training import Progress, Training, optimise, read_metadata, write_tensors
 
 AUTOENCODER, DENOISER, DECODER, POOL = 1, 2, 3, 4  # keep the phases' random streams apart
 
@@ -77,14 +79,32 @@ def encode(vae: AutoencoderKL, pictures: Tensor, config: PretrainConfig) -> tupl
 
 
 class Pool:
-    """Encoded pictures and their tokens, drawn anew every `epochs` passes; a function of the step alone."""
+    """Encoded pictures and their tokens, drawn anew every `epochs` passes; a function of the step alone.
 
-    def __init__(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, source: Source, config: PretrainConfig) -> None:
-        self.vae, self.tokenizer, self.source, self.config = vae, tokenizer, source, config
-        self.index = -1
-        self.nothing = denoiser.tokenise(tokenizer, [""])[0]  # (L,)
+    The last pool is kept in `folder`, so that an interrupted run need not encode it again.
+    """
 
-    def _fill(self, index: int) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        tokenise: Callable[[list[str]], Tensor],
+        source: Source,
+        config: PretrainConfig,
+        folder: Path,
+    ) -> None:
+        self.vae, self.tokenise, self.source, self.config = vae, tokenise, source, config
+        self.path, self.index = folder / "pool.safetensors", -1
+
+    def fill(self, index: int) -> None:
+        """Makes the pool of that index the present one."""
+        mark = {"index": str(index), "pool": str(self.config.denoiser.pool), "seed": str(self.config.seed)}
+        if not self.path.exists() or read_metadata(self.path) != mark:
+            write_tensors(self.path, self._encoded(index), mark)
+        held = load_file(self.path)
+        self.index, self.means, self.stds = index, held["means"], held["stds"]
+        self.tokens, self.nothing = held["tokens"][:-1], held["tokens"][-1]  # (N, L), (L,)
+
+    def _encoded(self, index: int) -> dict[str, Tensor]:
         rng = numpy_stream(self.config, POOL, index)
         means, stds, texts = [], [], []
         for start in range(0, self.config.denoiser.pool, 256):
@@ -94,15 +114,18 @@ class Pool:
             means.append(mean.half().cpu())
             stds.append(std.half().cpu())
             texts += captions
-        self.index, self.means, self.stds = index, torch.cat(means), torch.cat(stds)
-        self.tokens = denoiser.tokenise(self.tokenizer, texts)
+        return {
+            "means": torch.cat(means).contiguous(),
+            "stds": torch.cat(stds).contiguous(),
+            "tokens": self.tokenise([*texts, ""]),
+        }
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents (B, C, h, w), tokens (B, L), timesteps (B,), noise (B, C, h, w) of one step."""
+        """Latents (B, C, h, w), tokens (B, L), times (B,) in [0, 1), noise (B, C, h, w) of one step."""
         settings = self.config.denoiser
         index = step * settings.batch // (settings.pool * settings.epochs)
         if index != self.index:
-            self._fill(index)
+            self.fill(index)
         rng = numpy_stream(self.config, DENOISER, step)
         generator = torch_stream(self.config, DENOISER, step)
         chosen = torch.from_numpy(rng.integers(len(self.tokens), size=settings.batch))
@@ -110,21 +133,23 @@ class Pool:
         tokens[torch.from_numpy(rng.random(settings.batch) < settings.drop)] = self.nothing
         mean, std = self.means[chosen].float(), self.stds[chosen].float()
         latents = mean + std * torch.randn(mean.shape, generator=generator)
-        # one timestep from each of B equal parts of the schedule: the same mean, less variance
-        timesteps = torch.from_numpy((np.arange(settings.batch) + rng.random(settings.batch)) * 1000 / settings.batch)
-        return latents, tokens, timesteps.long(), torch.randn(mean.shape, generator=generator)
+        # one time from each of B equal parts: the same mean, less variance
+        times = torch.from_numpy((np.arange(settings.batch) + rng.random(settings.batch)) / settings.batch)
+        return latents, tokens, times, torch.randn(mean.shape, generator=generator)
 
 
-def train_denoiser(model: denoiser.Denoiser, pool: Pool, config: PretrainConfig, folder: Path) -> Iterator[Progress]:
-    """U-Net and text encoder together; at the end the model holds the averaged weights."""
+def train_denoiser(
+    model: Denoiser | FlowDenoiser, pool: Pool, config: PretrainConfig, folder: Path
+) -> Iterator[Progress]:
+    """Denoiser and text encoder together; at the end the model holds the averaged weights."""
     settings = config.denoiser
     training = Training(model, settings.lr, settings.steps, settings.ema)
-    scheduler, device = denoiser.schedule(), device_of(config)
+    device = device_of(config)
 
     def loss(step: int) -> Tensor:
-        latents, tokens, timesteps, noise = (t.to(device) for t in pool.batch(step))
+        latents, tokens, times, noise = (t.to(device) for t in pool.batch(step))
         with autocast(config):
-            return denoiser.denoising_loss(model, scheduler, latents, tokens, timesteps, noise)
+            return model.loss(latents, tokens, times, noise)
 
     path = folder / "denoiser.safetensors"
     yield from optimise(training, loss, "denoiser", settings.batch, path, config.save_every)
