@@ -146,7 +146,7 @@ def _by_alpha(scheduler: Any, config: Any, timestep: int) -> Stage | None:
     final = getattr(scheduler, "final_alpha_cumprod", getattr(scheduler, "one", torch.tensor(1.0)))
     then = table[previous] if previous >= 0 else final
     clips = config.get("clip_sample") and not type(scheduler).__name__.startswith("CogVideoX")  # has it, ignores it
-    clip = config.clip_sample_range if clips else None
+    clip = config.get("clip_sample_range", 1.0) if clips else None
     limit = scheduler._threshold_sample if config.get("thresholding") else None
     now, after = variance_preserving(float(table[timestep])), variance_preserving(float(then))
     return Stage(now, after, config.prediction_type, clip=None if limit else clip, threshold=limit)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-PLAIN = (Tensor, str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
+SETTINGS = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
+PLAIN = (Tensor, *SETTINGS)
 
 
 class Carried:
     """Watches forwards, and names the modules that are not a function of what one step hands them.
 
-    That shows in three ways: a tensor of an earlier step's output comes back as an argument, an argument is written
-    into, or an argument or output is an object of the pipeline's own.
+    That shows in four ways: a tensor of an earlier step's output comes back as an argument, an argument is written
+    into, an argument or output is an object of the pipeline's own, or the module itself keeps something.
     """
 
     def __init__(self) -> None:
@@ -26,7 +28,9 @@ class Carried:
         self._outputs: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}  # by id: the tensor, its step, its module
 
     @contextmanager
-    def watched(self, name: str, step: int, inputs: Any) -> Iterator[Callable[[Any], None]]:
+    def watched(
+        self, name: str, step: int, inputs: Any, module: nn.Module | None = None
+    ) -> Iterator[Callable[[Any], None]]:
         """Around one forward of module `name`; what it returns is to be told to the function that this yields."""
         leaves = pytree.tree_leaves(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
@@ -44,10 +48,50 @@ class Carried:
         yield leave
         if any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True)):
             self.names.add(name)
+        if module is not None and name not in self.names and remembers(module):
+            self.names.add(name)
 
     def _returns(self, tensor: Tensor, name: str, step: int) -> bool:
         known, earlier, module = self._outputs.get(id(tensor), (None, step, name))
         return known is not None and known() is tensor and module == name and earlier < step
+
+
+def remembers(module: nn.Module) -> bool:
+    """Whether attention processors or hooks in the module keep what passes through it.
+
+    Pipelines put in such processors to read attention maps (self-attention guidance), and diffusers' feature caches
+    are such hooks.
+    """
+    for layer in module.modules():
+        processor = vars(layer).get("processor")
+        if processor is not None and any(
+            not isinstance(v, SETTINGS) for v in getattr(processor, "__dict__", {}).values()
+        ):
+            return True
+        registry = vars(layer).get("_diffusers_hook")
+        if registry is not None and any(hook._is_stateful for hook in registry.hooks.values()):
+            return True
+    return False
+
+
+def module_of(forward: Callable[..., Any]) -> nn.Module | None:
+    """Whose forward it is, behind the wrappers of offloading hooks."""
+    owner = inspect.unwrap(forward, stop=lambda f: isinstance(getattr(f, "__self__", None), nn.Module))
+    module = getattr(owner, "__self__", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+@contextmanager
+def frozen(module: nn.Module | None) -> Iterator[None]:
+    """No gradient to the module's weights: a pipeline that differentiates its model for guidance asks for none."""
+    weights = [] if module is None else [weight for weight in module.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def moment() -> int:

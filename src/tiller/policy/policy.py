@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from tiller.kernels import Kernel
-from tiller.policy import calling, memo, noise, seam, weights
+from tiller.policy import calling, memo, noise, seam, upkeep, weights
 from tiller.policy.forward import ForwardProcess
 from tiller.policy.recorder import Finished, Recorder, Replayer
 from tiller.policy.rollout import Rollout, Step
@@ -127,11 +127,13 @@ class Policy:
         recorder = Recorder(kernel, len(texts), noise.generators("steps", seed, texts, indices), keep_means)
         state = calling.random_state(call)
         embeddings: dict[Any, Any] = {}
-        with torch.no_grad(), self._driven(recorder, embeddings, swap=kernel is None or not kernel.deterministic):
+        swap = kernel is None or not kernel.deterministic
+        with torch.no_grad(), self._driven(recorder, embeddings, swap), recorder.taint:
             output = calling.run(self.pipe, call, seed, texts, keyed, state, self.mixed_precision)
         if not recorder.records:
             raise PipelineError(
-                f"{type(self.pipe).__name__} never called scheduler.step, so there is nothing to train."
+                f"{type(self.pipe).__name__} never called scheduler.step, so there is nothing to train; use a pipeline "
+                "of the same model that does."
             )
         return Rollout(
             images=output[0],
@@ -145,6 +147,7 @@ class Policy:
             embeddings=embeddings,
             random_state=state,
             asides=frozenset(recorder.asides),
+            guiding=frozenset(recorder.guiding),
             starts=keyed,
         )
 
@@ -256,6 +259,7 @@ class Policy:
     ) -> Iterator[None]:
         """The handler in every scheduler's step and every denoiser's forward; text encoded once."""
         with ExitStack() as stack:
+            stack.enter_context(upkeep.kept(self.pipe))
             if swap:
                 stack.enter_context(calling.one_call_per_step(self.pipe))
             for scheduler in seam.schedulers(self.pipe).values():

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tiller.kernels import Gaussian, Kernel, Stock, Window, log_prob
-from tiller.policy.carried import Carried, cut, moment, since
+from tiller.policy.bridge import Gates
+from tiller.policy.carried import Carried, cut, frozen, module_of, moment, since
 from tiller.policy.noise import standard_normal
 from tiller.policy.rollout import Record, Rollout, Step
 from tiller.policy.seam import StepCall, first, with_first
+from tiller.policy.taint import Taint, mark, marked
 from tiller.policy.transition import meet, restore, rows, stage_of, state, storage, transition
 from tiller.process import Stage
 from tiller.types import PipelineError
@@ -37,6 +39,9 @@ class Recorder:
         self.calls = 0  # of scheduler.step
         self.positions: dict[int, int | None] = {}  # by scheduler: its step index before its last step
         self.carried = Carried()
+        self.guiding: set[int] = set()  # forwards whose gradient the pipeline itself takes
+        self.taint = Taint()
+        self.momentum = False  # a prediction hung on an earlier step's output
         self.memory: Any = None
         self.handed: tuple[Tensor, int] | None = None  # the last action as the pipeline got it, and its version
 
@@ -44,22 +49,38 @@ class Recorder:
         """A handler for the forwards of module `name` that notes when it ran and what its output looks like."""
 
         def run(own_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            step = len(self.records)
-            with self.carried.watched(name, step, (args, kwargs)) as leave:
+            step, module = len(self.records), module_of(own_forward)
+            guiding = torch.is_grad_enabled()  # the pipeline has switched gradients on, for guidance of its own
+            if guiding:
+                self.guiding.add(len(self.forwards))
+            with (
+                self.taint.off(),
+                self.carried.watched(name, step, (args, kwargs), module) as leave,
+                frozen(module if guiding else None),
+            ):
                 output = own_forward(*args, **kwargs)
                 leave(output)
+                mark(output, step)
             self.forwards.append((step, name, pytree.tree_map_only(Tensor, Template, output)))
             return output
 
         return run
 
     def finished_forwards(self) -> tuple[tuple[int, str, Any], ...]:
-        """Every forward in order; no template for the models that carry something from one step to another."""
+        """Every forward in order; no template for those that a step which is not wanted must run all the same."""
+        everything = self.momentum
         return tuple(
-            (step, name, None if name in self.carried.names else template) for step, name, template in self.forwards
+            (step, name, None if everything or name in self.carried.names or number in self.guiding else template)
+            for number, (step, name, template) in enumerate(self.forwards)
         )
 
     def step(self, call: StepCall) -> Any:
+        with self.taint.off():
+            origin = marked(call.output)
+            self.momentum |= origin is not None and origin < self.forwards[-1][0]
+            return self._answer(call)
+
+    def _answer(self, call: StepCall) -> Any:
         if not call.sample.is_floating_point():
             raise PipelineError(
                 f"{type(call.scheduler).__name__} steps through discrete tokens; only Gaussian transitions can be "
@@ -142,6 +163,7 @@ class Replayer:
         self.needed = {self.source[step] for step in self.steps}
         self.waiting = list(rollout.forwards)
         self.has_graph = False  # the denoiser's last output had one
+        self.gates = Gates()
         self.began = moment()  # this step
         self.writes = len(calls) < len(rollout.records)  # several steps on one call: latents are written piece by piece
 
@@ -149,7 +171,11 @@ class Replayer:
         """A handler for the forwards of module `name`: real where a wanted step needs it, a stand-in elsewhere."""
 
         def run(own_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            number = len(self.rollout.forwards) - len(self.waiting)
             _, _, template = self.waiting.pop(0)
+            if number in self.rollout.guiding:
+                with frozen(module_of(own_forward)), torch.enable_grad():
+                    return own_forward(*args, **kwargs)
             needed = self.index in self.needed
             if not needed and template is not None:
                 return pytree.tree_map_only(Template, Template.tensor, template)
@@ -158,9 +184,11 @@ class Replayer:
             args, kwargs = pytree.tree_map_only(Tensor, self._input, (args, kwargs))
             with torch.set_grad_enabled(needed and self.grad):
                 output = own_forward(*args, **kwargs)
-            if needed:
-                self.has_graph = any(t.requires_grad for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
-            return output
+            if not needed:
+                return output
+            self.gates.begin(self.index, self.began)
+            self.has_graph = any(t.requires_grad for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
+            return pytree.tree_map_only(Tensor, self.gates.through, output)
 
         return run
 
@@ -179,6 +207,8 @@ class Replayer:
         if index or self.path is None:  # a forced path starts from fresh noise, which is at hand already
             call.sample = self._state(index).to(call.sample.device)
         wanted = index in self.steps
+        if wanted and self.has_graph:
+            call.output = self.gates.alone(call.output)
         if wanted and self.has_graph and not call.output.requires_grad:
             raise PipelineError(
                 f"no gradient reaches the denoiser of {self.pipeline} at step {index}: its loop cuts the graph between "

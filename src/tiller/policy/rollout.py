@@ -42,6 +42,7 @@ class Rollout:
     call: Mapping[str, Any]  # the pipeline's own call arguments
     forwards: tuple[tuple[int, str, Any], ...] = ()  # per denoiser call: (step index, name, output template or None)
     asides: frozenset[int] = frozenset()  # which calls of `step` only asked for the denoised prediction (Cosmos)
+    guiding: frozenset[int] = frozenset()  # which forwards the pipeline differentiates itself (Attend-and-Excite)
     embeddings: dict[Any, Any] = field(default_factory=dict, repr=False)  # memoised text encodings
     random_state: Any = None  # of generators the caller passed in, as they were before the call
     starts: tuple[int, ...] | None = None  # B, what keys the initial noise in the place of `samples`

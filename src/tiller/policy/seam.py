@@ -66,8 +66,12 @@ class StepCall:
         return self._step(self.scheduler, **arguments, **rest)
 
     def solve_with_noise(self, output: Tensor, sample: Tensor, size: float) -> tuple[Any, bool]:
-        """The scheduler's answer with every random number it draws set to `size`, and whether it drew any."""
-        drawn = []
+        """The scheduler's answer with every random number it draws set to `size`, and whether it drew any.
+
+        Noise that the pipeline hands over itself (CycleDiffusion) is exchanged too.
+        """
+        drawn: list[Any] = []
+        given = self._arguments.arguments
 
         def constant(shape: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
             drawn.append(shape)
@@ -82,7 +86,20 @@ class StepCall:
                 stack.enter_context(
                     attribute(self.scheduler, "noise_sampler", lambda *_: constant(sample.shape, dtype=sample.dtype))
                 )
+            if given.get("variance_noise") is not None:
+                noise = constant(sample.shape, dtype=sample.dtype)
+                stack.enter_context(_entry(given, "variance_noise", noise))
             return self.solve(output, sample), bool(drawn)
+
+
+@contextmanager
+def _entry(arguments: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    before = arguments[name]
+    arguments[name] = value
+    try:
+        yield
+    finally:
+        arguments[name] = before
 
 
 def first(answer: Any) -> Tensor:
@@ -163,14 +180,17 @@ def step_handled(scheduler: Any, handler: Callable[[StepCall], Any]) -> Iterator
 
 @contextmanager
 def forward_handled(module: nn.Module, handler: Callable[..., Any]) -> Iterator[None]:
-    """Every forward of this module is answered by `handler(own_forward, *args, **kwargs)`."""
+    """Every forward of this module is answered by `handler(own_forward, *args, **kwargs)`.
+
+    Gradients are the trainer's: a pipeline that clears them in its loop (Attend-and-Excite) clears nothing.
+    """
     own_forward = module.forward
 
     @functools.wraps(own_forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return handler(own_forward, *args, **kwargs)
 
-    with attribute(module, "forward", forward):
+    with attribute(module, "forward", forward), attribute(module, "zero_grad", lambda *_, **__: None):
         yield
 
 
@@ -184,13 +204,13 @@ def differentiable(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def schedulers(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
-    """The pipeline's schedulers by attribute name, each object once; whatever has `step` and `set_timesteps` counts."""
-    named = {
-        name: value
-        for name, value in parts(pipe, object).items()
-        if hasattr(value, "set_timesteps") and hasattr(value, "step") and not isinstance(value, (nn.Module, type))
-    }
-    return named
+    """The pipeline's schedulers by attribute name, each object once."""
+    return {name: value for name, value in parts(pipe, object).items() if is_scheduler(value)}
+
+
+def is_scheduler(value: Any) -> bool:
+    """Whatever has `step` and `set_timesteps`."""
+    return hasattr(value, "set_timesteps") and hasattr(value, "step") and not isinstance(value, (nn.Module, type))
 
 
 def inspect_schedulers(pipe: DiffusionPipeline) -> None:

@@ -73,6 +73,8 @@ def _gaussian(kernel: Kernel, stage: Stage | None, output: Tensor, sample: Tenso
         )
     with torch.autocast(output.device.type, enabled=False):
         x = sample.float()
+        if output.ndim > 1 and output.shape[1] == 2 * x.shape[1]:  # the other half is a learned variance
+            output = output[:, : x.shape[1]]
         x0, eps = stage.split(x, output.float())
         return kernel.transition(x, x0, eps, stage.now, stage.then)
 
