@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -40,3 +41,34 @@ def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
 def _same_shape(log_prob: Tensor, other: Tensor) -> None:
     if log_prob.shape != other.shape:
         raise ValueError(f"shapes differ: log_prob is {tuple(log_prob.shape)}, the other {tuple(other.shape)}")
+
+
+def clamped_ratio(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """-A·clip(ρ, 1-c, 1+c), shape (B,) (Fan et al. 2023, DPOK, reference code).
+
+    Unlike PPO's maximum it has no gradient at all outside the range, not even for a move that would lead back.
+    """
+    _same_shape(log_prob, advantages)
+    return -advantages * (log_prob - old_log_prob).exp().clamp(1 - clip_range, 1 + clip_range)
+
+
+def guarded_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean_shift: Tensor, std: float | Tensor) -> Tensor:
+    """GRPO-Guard's log-ratio, shape (B,): (log ρ)·S + |Δμ|²/(2S) (Wang et al. 2025, GRPO-Guard, eq. 9).
+
+    It is the mean of z·Δμ over elements: its expectation under the old policy is 0 at every step, where that of log ρ
+    is negative, so that a symmetric clip range is symmetric indeed. `mean_shift` is the mean over elements of Δμ².
+    """
+    _same_shape(log_prob, mean_shift)
+    return (log_prob - old_log_prob) * std + mean_shift / (2 * std)
+
+
+def divergence_masked(ratio: Tensor, advantages: Tensor, divergence: Tensor, limit: float) -> Tensor:
+    """-A·ρ, and 0 where KL(old, new) has reached the limit and the move would lead further away (Flow-DPPO), (B,)."""
+    _same_shape(ratio, advantages)
+    further = ((ratio > 1) & (advantages > 0)) | ((ratio < 1) & (advantages < 0))
+    return torch.where((divergence >= limit) & further, torch.zeros_like(ratio), -advantages * ratio)
+
+
+def gaussian_kl(mean_shift: Tensor, std: float | Tensor) -> Tensor:
+    """KL(N(μ, S²), N(μ', S²)) per element: mean |Δμ|²/(2S²), shape (B,), from the mean of Δμ² over elements."""
+    return mean_shift / (2 * torch.as_tensor(std) ** 2)

@@ -13,6 +13,13 @@ ALGORITHMS = Choice(
     {
         "ddpo": "tiller.algorithms.ddpo:DDPO",
         "ddpo_sf": "tiller.algorithms.ddpo_sf:DDPOSF",
+        "rwr": "tiller.algorithms.rwr:RWR",
+        "rwr_sparse": "tiller.algorithms.rwr_sparse:RWRSparse",
+        "sft": "tiller.algorithms.sft:SFT",
+        "flow_grpo": "tiller.algorithms.flow_grpo:FlowGRPO",
+        "flow_grpo_fast": "tiller.algorithms.flow_grpo_fast:FlowGRPOFast",
+        "dance_grpo": "tiller.algorithms.dance_grpo:DanceGRPO",
+        "mix_grpo": "tiller.algorithms.mix_grpo:MixGRPO",
     }
 )
 """What `algorithm:` may name."""
@@ -36,7 +43,7 @@ KERNELS = Choice(
 class Model:
     """The pipeline to train, and which of its weights."""
 
-    name: str = "emoji"  # the model that comes with the package, a folder, or a name on the hub
+    name: str = "emoji"  # or emoji-flow: the models that come with the package; a folder; a name on the hub
     revision: str | None = None
     variant: str | None = None  # such as fp16: which of a repository's weight files
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights as loaded

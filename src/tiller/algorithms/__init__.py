@@ -1,7 +1,26 @@
 """One file per algorithm; the difference between two files is the difference between two papers."""
 
-from tiller.algorithms.base import Algorithm
+from tiller.algorithms.base import Algorithm, RewardGradient
+from tiller.algorithms.dance_grpo import DanceGRPO
 from tiller.algorithms.ddpo import DDPO
 from tiller.algorithms.ddpo_sf import DDPOSF
+from tiller.algorithms.flow_grpo import FlowGRPO
+from tiller.algorithms.flow_grpo_fast import FlowGRPOFast
+from tiller.algorithms.mix_grpo import MixGRPO
+from tiller.algorithms.rwr import RWR
+from tiller.algorithms.rwr_sparse import RWRSparse
+from tiller.algorithms.sft import SFT
 
-__all__ = ["DDPO", "DDPOSF", "Algorithm"]
+__all__ = [
+    "DDPO",
+    "DDPOSF",
+    "RWR",
+    "SFT",
+    "Algorithm",
+    "DanceGRPO",
+    "FlowGRPO",
+    "FlowGRPOFast",
+    "MixGRPO",
+    "RWRSparse",
+    "RewardGradient",
+]

@@ -64,12 +64,16 @@ class Algorithm(ABC):
     whole_groups: ClassVar[bool] = False  # the loss compares a group's members, so a batch must hold whole groups
     shared_noise: ClassVar[bool] = False  # a "noised" walk gives all members of a group the same noise
     shared_start: ClassVar[bool] = False  # all members of a group start from the same initial noise
-    keeps_means: ClassVar[bool] = False  # the loss reads `step.old_mean`
     sampled_with: ClassVar[str] = ""  # the copy of the weights that draws the samples; "" is the weights themselves
 
     kernel: Kernel | None = None  # how transitions are drawn; None leaves it to the policy (`Policy.sample`)
     inner_epochs: int = 1  # how often an epoch's samples are gone through
     timestep_fraction: float = 1.0  # the share of the trainable steps that is trained, drawn anew for every update
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether the loss reads `step.old_mean`."""
+        return False
 
     @property
     def needs(self) -> tuple[str, ...]:
