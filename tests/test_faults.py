@@ -18,13 +18,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import trial
 from test_run import RECIPE, SETTINGS, advance, equal, go, new_state, report
-from tiller.run import Run, checkpoints, files, lines
+from tiller.algorithms import DDPO
+from tiller.run import Run, checkpoints, files, lines, sick
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
 from tiller.types import RunError, TillerError
+from tiller.update import Attempt, NotFinite
 from trial import Event
 
 NAMES = ["manifest.json", "state.json", "state.safetensors"]
@@ -351,16 +354,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(value: floa
 
 
 def run_into_nan(folder: str) -> None:
-    """Train; from the second epoch on, all gradients are NaN."""
+    """Train; from the second epoch on, one element of one gradient is NaN."""
     step = TrainState.step
 
     def poisoned(self: TrainState, settings: TrainConfig) -> float:
         if self.epoch >= 1:
-            next(iter(self.parameters.values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+            next(iter(self.parameters.values())).grad[0, 0] = float("nan")  # type: ignore[index]
         return step(self, settings)
 
     TrainState.step = poisoned  # type: ignore[method-assign]
-    with pytest.raises(TillerError, match="not finite 5 times in a row"):
+    with pytest.raises(NotFinite, match=r"not finite 5 times in a row.*is in .*not-finite-epoch-000004\.$"):
         trial.run(folder)
 
 
@@ -370,6 +373,49 @@ def test_training_that_only_meets_nan_stops_with_the_last_good_state(tmp_path: P
     assert last.epoch == 3
     assert last.data["updates"] == 2
     assert all(bool(value.isfinite().all()) for value in last.tensors.values())
+
+
+def test_the_last_update_that_met_nan_can_be_made_again_from_what_is_written(tmp_path: Path) -> None:
+    """Weights, prompts, sample indices and seed give the very same latents and log-probabilities."""
+    assert trial.ended(trial.start(run_into_nan, str(tmp_path))) == 0
+    kept = tmp_path / "not-finite-epoch-000004"
+    about = json.loads((kept / "about.json").read_text())
+    policy = trial._policy()
+    assert about["gradients_not_finite"] == [next(iter(policy.parameters))]
+    assert (about["epoch"], about["inner_epoch"], about["seed"], about["steps"]) == (3, 0, 0, [0, 1])
+    assert about["recipe"]["train"]["samples_per_epoch"] == 4
+    weights = load_file(kept / "weights.safetensors")
+    assert weights.keys() == policy.parameters.keys()
+    with torch.no_grad():
+        for name, parameter in policy.parameters.items():
+            parameter.copy_(weights[name])
+    (chunk,) = about["chunks"]  # an update has one of the epoch's two batches
+    assert chunk["latents_not_finite"] == []
+    rollout = policy.sample(chunk["prompts"], seed=0, samples=chunk["samples"], kernel=DDPO().kernel, **trial.SAMPLING)
+    tensors = load_file(kept / f"chunk-{chunk['number']:06d}.safetensors")
+    assert torch.equal(tensors["latents"], torch.stack(rollout.latents))
+    assert torch.equal(tensors["log_probs"], rollout.log_probs)
+    scores = trial.brightness(rollout.images, [], [])
+    assert chunk["scores"] == scores
+    assert [value != value for value in tensors["scores"].tolist()] == [score is None for score in scores]
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_an_update_that_cannot_be_written_down_says_so_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"unet.conv": torch.ones(2)}
+    attempt = Attempt(0, 0, 0, chunks=[], scores=[], advantages=[], steps=[], not_finite=[], weights=weights)
+    before = sick.write(tmp_path, attempt, {})
+    assert load_file(before / "weights.safetensors")["unet.conv"].tolist() == [1, 1]
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sick, "save_file", full)
+    with pytest.raises(RunError, match=r"not-finite-epoch-000001: No space left.*GB free there"):
+        sick.write(tmp_path, attempt, {})
+    assert [path.name for path in tmp_path.iterdir()] == [before.name]
 
 
 # 23: secrets

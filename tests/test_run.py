@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,8 @@ def new_state(epochs: int = 0, layout: torch.memory_format = torch.contiguous_fo
     shapes = {"unet.conv": (4, 3, 3, 3), "unet.linear": (5, 2)}
     parameters = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
     parameters["unet.conv"] = parameters["unet.conv"].to(memory_format=layout)
-    policy: Any = SimpleNamespace(parameters={n: torch.nn.Parameter(value) for n, value in parameters.items()})
+    trained = {name: torch.nn.Parameter(value) for name, value in parameters.items()}
+    policy: Any = SimpleNamespace(parameters=trained, base=nullcontext)
     state = TrainState(policy, SETTINGS)
     for _ in range(epochs):
         advance(state)

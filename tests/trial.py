@@ -30,7 +30,7 @@ from tiller.algorithms.ddpo import DDPO
 from tiller.distributed import World
 from tiller.policy import Policy
 from tiller.recipe import Model, Recipe
-from tiller.run import Interrupts, Run, checkpoints, files, lines
+from tiller.run import Interrupts, Run, checkpoints, files, lines, sick
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
 from tiller.training import train
@@ -139,7 +139,7 @@ def run(
         state = TrainState(policy, settings)
         record.restore(state)
         reports = train(policy, PROMPTS, reward, DDPO(), settings, sampling=SAMPLING, state=state, world=world)
-        for report in interrupts.over(reports):
+        for report in interrupts.over(sick.watch(reports, Path(folder), recipe(settings), world)):
             reached("report")
             record.log(report)
             if report.epoch % EVERY == 0 or report.epoch == settings.epochs:

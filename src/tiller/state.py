@@ -26,6 +26,7 @@ class TrainState:
         self.updates = 0  # optimiser steps taken
         self.skipped = 0  # optimiser steps left out because a gradient was not finite
         self.skipped_in_a_row = 0
+        self.not_finite: list[str] = []  # the parameters that the last one left out was left out for
         self.reward_calls = 0  # pictures scored
         self.history: dict[str, list[float]] = {}  # per prompt, its latest rewards
         self.parameters = policy.parameters
@@ -48,12 +49,16 @@ class TrainState:
 
         A gradient that is not finite changes nothing but the counters.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm))
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        total = torch.nn.utils.get_total_norm(list(gradients.values()))
+        norm = float(total)
         if norm != norm or norm == float("inf"):
             self.skipped += 1
             self.skipped_in_a_row += 1
+            self.not_finite = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
         else:
             self.skipped_in_a_row = 0
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), config.max_grad_norm, total)
             self.optimizer.step()
             self.updates += 1
             if self.ema is not None and config.ema_decay is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,32 @@ from tiller.rewards import Reward
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
 from tiller.types import ConfigError, TillerError
-from tiller.walks import Chunk, Walker, as_rows
+from tiller.walks import Chunk, Walker, as_rows, scored
 
 GIVE_UP_AFTER = 5  # updates in a row whose gradient is not finite
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An update that was tried: enough to try it again and look."""
+
+    epoch: int  # epochs done before it
+    inner: int  # which time the epoch's samples were gone through
+    seed: int
+    chunks: list[Chunk]  # of this process
+    scores: list[np.ndarray]  # per chunk (B,), NaN where missing
+    advantages: list[np.ndarray]  # per chunk (B,), NaN where left out
+    steps: list[Any]  # trained of each chunk
+    not_finite: list[str]  # the parameters whose gradient, summed over processes, was not finite
+    weights: Mapping[str, torch.Tensor]  # trained parameters, as they were and still are
+
+
+class NotFinite(TillerError):
+    """The gradient was not finite too often in a row; `attempt` is the last update that was tried."""
+
+    def __init__(self, message: str, attempt: Attempt):
+        super().__init__(message)
+        self.attempt = attempt
 
 
 def update(
@@ -52,7 +76,11 @@ def update(
                 rows = slice(chunk.number * config.batch_size, (chunk.number + 1) * config.batch_size)
                 _accumulate(walker, chunk, batch.advantages[rows], steps, inner, 1 / (known.sum() * len(steps)), log)
             world.sum_gradients(state.parameters.values())
-            _step(state, config, log)
+            norm = state.step(config)
+            if np.isfinite(norm):
+                log.add({"optim/grad_norm": norm})
+            if state.skipped_in_a_row >= GIVE_UP_AFTER:
+                raise _sick(batch, mine, steps, inner, config, state)
     return log.means(world)
 
 
@@ -81,7 +109,10 @@ def _accumulate(
 
     def on_step(step: Any) -> None:
         losses, numbers = walker.algorithm.loss(step, values)
-        losses = losses[known]
+        rows = scored(step, known)
+        if not len(rows):
+            return
+        losses = losses[rows]
         step.backward(losses.sum() * scale)
         with torch.no_grad():
             numbers["policy/loss"] = losses.mean()
@@ -92,12 +123,23 @@ def _accumulate(
     walker.walk(chunk, steps, inner, on_step)
 
 
-def _step(state: TrainState, config: TrainConfig, log: Log) -> None:
-    norm = state.step(config)
-    if np.isfinite(norm):
-        log.add({"optim/grad_norm": norm})
-    if state.skipped_in_a_row >= GIVE_UP_AFTER:
-        raise TillerError(
-            f"the gradient was not finite {GIVE_UP_AFTER} times in a row; lower train.learning_rate, or train "
-            "in float32 (model.mixed_precision=no)."
-        )
+def _sick(
+    batch: Batch, mine: list[Chunk], steps: list[Any], inner: int, config: TrainConfig, state: TrainState
+) -> NotFinite:
+    rows = [slice(chunk.number * config.batch_size, (chunk.number + 1) * config.batch_size) for chunk in mine]
+    attempt = Attempt(
+        epoch=state.epoch,
+        inner=inner,
+        seed=config.seed,
+        chunks=mine,
+        scores=[batch.scores.values[row] for row in rows],
+        advantages=[batch.advantages[row] for row in rows],
+        steps=steps,
+        not_finite=state.not_finite,
+        weights={name: parameter.detach() for name, parameter in state.parameters.items()},
+    )
+    return NotFinite(
+        f"the gradient was not finite {GIVE_UP_AFTER} times in a row; lower train.learning_rate, or train in float32 "
+        "(model.mixed_precision=no).",
+        attempt,
+    )

@@ -23,7 +23,7 @@ from tiller.recipe import Recipe
 from tiller.report import before_after, curve, sheet
 from tiller.report.terminal import Terminal
 from tiller.rewards import resolve
-from tiller.run import Interrupts, Run
+from tiller.run import Interrupts, Run, sick
 from tiller.state import TrainState
 from tiller.trackers import Tracker, tracker
 from tiller.training import Report, train
@@ -56,7 +56,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
             reports = train(
                 policy, prompts, reward, algorithm, recipe.train, sampling=sampling, state=state, world=world
             )
-            for report in interrupts.over(reports):
+            for report in interrupts.over(sick.watch(reports, folder, resolved, world)):
                 record.log(report)
                 terminal.epoch(report.epoch, _line(report, pace))
                 if report.epoch % recipe.run.checkpoint_every == 0 or report.epoch == recipe.train.epochs:

@@ -7,6 +7,7 @@ metrics.jsonl       one line per epoch, byte for byte the same whenever the same
 timings.jsonl       seconds per epoch
 checkpoints/        epoch-000010/ ...: state.safetensors, state.json, manifest.json
 images/             whatever the caller puts there
+not-finite-epoch-000003/  an update whose gradient was not finite, if that ended the run
 finished.json       once all is done
 """
 
