@@ -20,6 +20,10 @@ ALGORITHMS = Choice(
         "flow_grpo_fast": "tiller.algorithms.flow_grpo_fast:FlowGRPOFast",
         "dance_grpo": "tiller.algorithms.dance_grpo:DanceGRPO",
         "mix_grpo": "tiller.algorithms.mix_grpo:MixGRPO",
+        "draft": "tiller.algorithms.draft:DRaFT",
+        "draft_lv": "tiller.algorithms.draft_lv:DRaFTLV",
+        "align_prop": "tiller.algorithms.align_prop:AlignProp",
+        "refl": "tiller.algorithms.refl:ReFL",
     }
 )
 """What `algorithm:` may name."""

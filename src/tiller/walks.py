@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class Live:
 
     index: int  # the first live step
     pictures: Tensor  # (B, C, H, W) in [0, 1]
-    rewards: Tensor  # (B,)
+    rewards: Tensor  # (B,) NaN where one is missing
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, as a step has it."""
@@ -96,10 +96,11 @@ class Walker:
         fresh = key("noised", self.seed, self.state.epoch, inner)
         samples = chunk.shared() if self.algorithm.shared_noise else None
         path = ForwardProcess(chunk.rollout, fresh, samples)
+        rollout = chunk.rollout if samples is None else replace(chunk.rollout, starts=tuple(samples))
         for name in self.algorithm.needs:
             with torch.no_grad(), self.state.using(name):
-                self.policy.predict(chunk.rollout, self._remember(name, chunk), path, steps)
-        self.policy.predict(chunk.rollout, self._with_others(chunk, show), path, steps)
+                self.policy.predict(rollout, self._remember(name, chunk), path, steps)
+        self.policy.predict(rollout, self._with_others(chunk, show), path, steps)
         self._seen.clear()
 
     def _live(self, chunk: Chunk, passes: Sequence[Pass], inner: int, show: Shown) -> None:
@@ -124,6 +125,11 @@ class Walker:
             show(step)
 
         return on_step
+
+
+def scored(step: Any, known: Tensor) -> Tensor:
+    """Of the indices `known`, those whose loss at this step exists: a live picture may have no score."""
+    return known[step.rewards.detach()[known].isfinite()] if isinstance(step, Live) else known
 
 
 def as_rows(values: np.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:

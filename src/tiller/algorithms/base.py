@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +16,7 @@ from tiller.schedules import Decay
 from tiller.types import ConfigError, Scores
 
 if TYPE_CHECKING:
-    from tiller.policy.rollout import Step
+    from tiller.walks import Live
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -100,8 +100,8 @@ class Algorithm(ABC):
         """(N,) what each of an epoch's N samples weighs in the loss; NaN leaves it out, as where a score is missing."""
 
     @abstractmethod
-    def loss(self, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) losses of one step, to be averaged over samples and steps, and numbers for the log."""
+    def loss(self, step: Any, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) losses of one `Step`, or `Live`, to be averaged over samples and steps, and numbers for the log."""
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,7 @@ class RewardGradient(Algorithm):
     def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
         """1 for every picture that has a score: its weight is in the reward's gradient."""
         return np.where(scores.valid, 1.0, np.nan)
+
+    @abstractmethod
+    def loss(self, step: Live, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) losses of one pass, from `step.rewards` (B,), to be averaged over samples and passes."""

@@ -6,6 +6,7 @@ against which any other reward is held.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -150,9 +151,9 @@ def truth(scene: Scene) -> dict[str, int]:
     return found
 
 
-@lru_cache(maxsize=1)
-def _shipped() -> Judge:
-    return Judge.load()
+@lru_cache(maxsize=4)
+def _shipped(device: str = "cpu") -> Judge:
+    return Judge.load().to(device)
 
 
 def gold_accuracy(
@@ -168,14 +169,54 @@ def gold_accuracy(
     return scores
 
 
-def alignment(
-    images: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> list[float | None]:
-    """Mean log-probability (nats, each at least `FLOOR`) of the facts that the prompt states; None if none."""
-    read = _shipped().facts(images) if images else {}
-    scores: list[float | None] = []
+class Alignment:
+    """Mean log-probability (nats, each at least `FLOOR`) of the facts that a prompt states; missing if it states none.
+
+    Of PIL pictures a list, with None for missing. Of pictures as a tensor (N, 3, H, W) in [0, 1] a tensor (N,) with
+    their graph, with NaN for missing.
+    """
+
+    __name__ = "alignment"
+    differentiable = True
+
+    def __call__(
+        self, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[float | None] | Tensor:
+        if isinstance(images, Tensor):
+            return _mean_logs(_shipped(str(images.device))(fitted(images) * 2 - 1), prompts)
+        means = _mean_logs(_shipped().facts(images), prompts).tolist() if images else []
+        return [None if math.isnan(mean) else mean for mean in means]
+
+
+alignment = Alignment()
+
+
+def _mean_logs(read: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+    """(N,) the mean over what each prompt states; NaN where that is nothing."""
+    rows = []
     for i, prompt in enumerate(prompts):
-        wanted = stated(parse(prompt))
-        logs = [max(FLOOR, float(read[fact][i, index])) for fact, index in wanted.items()]
-        scores.append(sum(logs) / len(logs) if logs else None)
-    return scores
+        logs = [read[fact][i, index] for fact, index in stated(parse(prompt)).items()]
+        rows.append(torch.stack(logs).clamp(min=FLOOR).mean() if logs else read["first"].new_tensor(math.nan))
+    return torch.stack(rows)
+
+
+def fitted(pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] at 64 x 64, resized as PIL does it: columns, then rows, each rounded to 8 bits.
+
+    The gradient takes no notice of the rounding.
+    """
+    for axis in (3, 2):
+        if pictures.shape[axis] != 64:
+            weights = lanczos(pictures.shape[axis], 64).to(pictures)
+            resized = (pictures.transpose(axis, 3) @ weights.T).transpose(axis, 3).clamp(0, 1)
+            pictures = resized + ((resized * 255).round() / 255 - resized).detach()
+    return pictures
+
+
+def lanczos(before: int, after: int) -> Tensor:
+    """(after, before) weights that resize `before` pixels to `after`, Lanczos with three lobes, antialiased."""
+    scale = before / after
+    centres = (torch.arange(after, dtype=torch.float64) + 0.5) * scale
+    distance = (torch.arange(before, dtype=torch.float64) + 0.5 - centres[:, None]) / max(scale, 1)
+    weights = torch.where(distance.abs() < 3, torch.sinc(distance) * torch.sinc(distance / 3), 0.0)
+    return weights / weights.sum(1, keepdim=True)

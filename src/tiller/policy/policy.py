@@ -202,7 +202,7 @@ class Policy:
                 f"{type(self.pipe).__name__} returns no pictures that a gradient can flow through; train it with an "
                 "algorithm that needs the reward's value only, such as ddpo."
             )
-        return pictures
+        return pictures.to(torch.promote_types(pictures.dtype, torch.float32))
 
     def stock(
         self,

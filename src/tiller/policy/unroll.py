@@ -15,6 +15,7 @@ from tiller.policy.recorder import Template
 from tiller.policy.rollout import Rollout
 from tiller.policy.seam import StepCall, with_first
 from tiller.policy.transition import restore, storage, transition
+from tiller.types import PipelineError
 
 
 class Unroller:
@@ -67,7 +68,11 @@ class Unroller:
             return call.solve(call.output, call.sample)
         answer, gaussian, stage = transition(record.kernel, call, lazy=True)
         if self._ends(index):
-            assert stage is not None
+            if stage is None:
+                raise PipelineError(
+                    f"{type(call.scheduler).__name__} is of no family whose denoised prediction tiller can read; put "
+                    "another scheduler into the pipeline, for example DDIMScheduler or FlowMatchEulerDiscreteScheduler."
+                )
             self.denoised, _ = stage.split(call.sample.float(), call.output.float())
             return with_first(answer, self.denoised.to(storage(call, answer)))
         drawn = gaussian().mean if z is None else gaussian().mean + gaussian().std * z.to(call.sample.device)

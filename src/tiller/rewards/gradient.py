@@ -29,19 +29,38 @@ def score_with_graph(
 ) -> Tensor:
     """(B,) rewards of pictures (B, C, H, W) in [0, 1], with the graph that leads back to them.
 
+    Where the reward returns named tensors, their sum. A score that is not finite is missing: NaN here, and its picture
+    gets a gradient of 0, whatever the reward's own graph would say.
+
     Raises:
-        RewardError: the reward returned anything but one number per picture with a graph.
+        RewardError: the reward failed, or returned anything but one number per picture with a graph.
     """
-    scores = reward(pictures, list(prompts), list(metadata))
     name = getattr(reward, "__name__", type(reward).__name__)
-    if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
+    try:
+        answer = reward(pictures, list(prompts), list(metadata))
+    except Exception as error:
         raise RewardError(
-            f"reward {name} must return a tensor of shape ({len(prompts)},), one number per picture, to be "
-            "differentiated."
-        )
-    if not scores.requires_grad:
+            f"reward {name} failed on {len(prompts)} picture(s) with a gradient: {type(error).__name__}: {error}; mend "
+            "it, or return NaN for a picture it cannot score."
+        ) from error
+    scores = _total(name, answer, len(prompts))
+    missing = ~scores.detach().isfinite()
+    if not scores.requires_grad and not missing.all():
         raise RewardError(
             f"reward {name} has no gradient with respect to the pictures; compute it with torch alone, and detach "
             "nothing."
         )
-    return scores
+    if missing.any() and pictures.requires_grad:
+        rows = missing.to(pictures.device).view(-1, *[1] * (pictures.ndim - 1))
+        pictures.register_hook(lambda gradient: gradient.masked_fill(rows, 0))
+    return scores.masked_fill(missing, torch.nan)
+
+
+def _total(name: str, answer: Any, expected: int) -> Tensor:
+    """The one tensor that was returned, or the sum of several named ones."""
+    parts = list(answer.values()) if isinstance(answer, Mapping) else [answer]
+    if not parts or not all(isinstance(part, Tensor) and part.shape == (expected,) for part in parts):
+        raise RewardError(
+            f"reward {name} must return a tensor of shape ({expected},), one number per picture, to be differentiated."
+        )
+    return torch.stack(parts).sum(0)
