@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
@@ -89,6 +89,13 @@ def toy(kind: type[ToyPipeline] = ToyPipeline, dropout: float = 0.0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(ToyDenoiser(dropout=dropout).eval(), ddim())
+
+
+def flow_toy(kind: type[ToyPipeline] = ToyPipeline) -> Any:
+    """The same denoiser, understood as the velocity of a rectified flow."""
+    pipe = toy(kind)
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler())
+    return pipe
 
 
 def brightness(images: Sequence[Any], prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:

@@ -24,6 +24,12 @@ ALGORITHMS = Choice(
         "draft_lv": "tiller.algorithms.draft_lv:DRaFTLV",
         "align_prop": "tiller.algorithms.align_prop:AlignProp",
         "refl": "tiller.algorithms.refl:ReFL",
+        "nft": "tiller.algorithms.nft:NFT",
+        "awm": "tiller.algorithms.awm:AWM",
+        "dgpo": "tiller.algorithms.dgpo:DGPO",
+        "crd": "tiller.algorithms.crd:CRD",
+        "dpo": "tiller.algorithms.dpo:DiffusionDPO",
+        "d3po": "tiller.algorithms.d3po:D3PO",
     }
 )
 """What `algorithm:` may name."""

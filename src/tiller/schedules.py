@@ -19,11 +19,11 @@ def constant(decay: float) -> Decay:
     return lambda count: decay
 
 
-def ramp(slope: float, most: float, start: int = 0) -> Decay:
-    """min(slope·(n - start), most), and 0 before `start` (Zheng et al. 2025, DiffusionNFT, section 4)."""
-    if slope < 0 or not 0 <= most <= 1 or start < 0:
+def ramp(slope: float, most: float, start: int = 0, least: float = 0.0) -> Decay:
+    """min(least + slope·(n - start), most), and `least` before `start` (Zheng et al. 2025, DiffusionNFT, section 4)."""
+    if slope < 0 or not 0 <= least <= most <= 1 or start < 0:
         raise ConfigError(f"a decay of {slope} per update up to {most} from {start} on makes no sense; see schedules.")
-    return lambda count: min(slope * max(0, count - start), most)
+    return lambda count: min(least + slope * max(0, count - start), most)
 
 
 def warm_up(most: float) -> Decay:

@@ -106,7 +106,7 @@ def check(
     if algorithm.on_policy and config.updates_per_epoch > 1:
         raise ConfigError(
             f"{name} is for samples of the policy itself, which an update changes; set train.updates_per_epoch to 1, "
-            "or take DDPO."
+            "or take DDPO, or AWM with off_policy."
         )
     if config.group_size < algorithm.min_group:
         raise ConfigError(

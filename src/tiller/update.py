@@ -13,7 +13,7 @@ from tiller.algorithms.base import Algorithm, RewardGradient
 from tiller.collect import Batch
 from tiller.distributed import World
 from tiller.metrics import Log
-from tiller.policy import Policy, Rollout
+from tiller.policy import Policy, Rollout, Step
 from tiller.rewards import Reward
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
@@ -106,8 +106,11 @@ def _accumulate(
     values, known = as_rows(advantages, chunk.rollout.latents[-1])
     if not len(known):
         return
+    left_out = torch.ones(len(values), dtype=torch.bool, device=values.device).index_fill(0, known, False)
 
     def on_step(step: Any) -> None:
+        if isinstance(step, Step) and step.groups is not None:
+            step.groups = step.groups.masked_fill(left_out, -1)
         losses, numbers = walker.algorithm.loss(step, values)
         rows = scored(step, known)
         if not len(rows):

@@ -1,23 +1,34 @@
 """One file per algorithm; the difference between two files is the difference between two papers."""
 
 from tiller.algorithms.align_prop import AlignProp
+from tiller.algorithms.awm import AWM
 from tiller.algorithms.base import Algorithm, RewardGradient
+from tiller.algorithms.crd import CRD
+from tiller.algorithms.d3po import D3PO
 from tiller.algorithms.dance_grpo import DanceGRPO
 from tiller.algorithms.ddpo import DDPO
 from tiller.algorithms.ddpo_sf import DDPOSF
+from tiller.algorithms.dgpo import DGPO
+from tiller.algorithms.dpo import DiffusionDPO
 from tiller.algorithms.draft import DRaFT
 from tiller.algorithms.draft_lv import DRaFTLV
 from tiller.algorithms.flow_grpo import FlowGRPO
 from tiller.algorithms.flow_grpo_fast import FlowGRPOFast
 from tiller.algorithms.mix_grpo import MixGRPO
+from tiller.algorithms.nft import NFT
 from tiller.algorithms.refl import ReFL
 from tiller.algorithms.rwr import RWR
 from tiller.algorithms.rwr_sparse import RWRSparse
 from tiller.algorithms.sft import SFT
 
 __all__ = [
+    "AWM",
+    "CRD",
+    "D3PO",
     "DDPO",
     "DDPOSF",
+    "DGPO",
+    "NFT",
     "RWR",
     "SFT",
     "Algorithm",
@@ -25,6 +36,7 @@ __all__ = [
     "DRaFT",
     "DRaFTLV",
     "DanceGRPO",
+    "DiffusionDPO",
     "FlowGRPO",
     "FlowGRPOFast",
     "MixGRPO",

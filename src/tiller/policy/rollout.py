@@ -104,7 +104,7 @@ class Step:
     _transition: Any  # () -> Gaussian
     clean: Tensor | None = None  # (B, ...) x0 of a forward-noised state
     noise: Tensor | None = None  # (B, ...) ε of a forward-noised state
-    groups: Tensor | None = None  # (B,) int64: which samples were drawn for the same prompt side by side
+    groups: Tensor | None = None  # (B,) int64: drawn for the same prompt side by side; -1: left out
     others: Mapping[str, Seen] = field(default_factory=dict)  # what other copies of the weights say here
 
     @cached_property
