@@ -337,7 +337,7 @@ def test_every_listed_kernel_builds(name: str) -> None:
 def test_every_listed_algorithm_builds_and_its_defaults_go_round(name: str) -> None:
     recipe = Recipe(algorithm=ALGORITHMS.pick(name))
     again = from_text(config.to_yaml(recipe, complete=True), Recipe)
-    assert "advantage_clip" in again.algorithm.settings
+    assert again.algorithm.settings
     assert config.build(again.algorithm) == config.build(recipe.algorithm)
 
 

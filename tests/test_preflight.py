@@ -209,7 +209,9 @@ def test_active_dropout_is_refused() -> None:
 
 
 def test_a_kernel_without_density_is_refused() -> None:
-    error = refusal(Policy(toy()), algorithm=cast(Algorithm, SimpleNamespace(kernel=ODE())))  # DDPO refuses it itself
+    error = refusal(
+        Policy(toy()), algorithm=cast(Algorithm, SimpleNamespace(kernel=ODE(), walk="recorded"))
+    )  # DDPO refuses it itself
     assert "has a density under ODE" in str(error)
     assert "choose a kernel with noise" in str(error)
 

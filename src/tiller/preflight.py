@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from tiller.algorithms.base import Algorithm
+from tiller.algorithms.base import Algorithm, RewardGradient
 from tiller.kernels import ODE
 from tiller.policy import Policy, Rollout, Step
+from tiller.policy.forward import ForwardProcess
 from tiller.policy.weights import ADAPTER
+from tiller.preflight_live import check_live
 from tiller.rewards import Reward, score
 from tiller.rewards.check import describe
 from tiller.types import PipelineError, Prompt, RewardError, Scores
@@ -33,16 +36,28 @@ def preflight(
 ) -> None:
     """Refuse a pipeline, reward or setting with which training could not work.
 
+    What is checked of the pipeline depends on the walk that the algorithm learns from.
+
     Raises:
         PipelineError: replay differs from the recording, gradients do not reach the trained weights (or reach others),
             fresh adapters change the pictures, or the policy without noise differs from the stock pipeline.
-        RewardError: the reward fails, or cannot tell pictures of one prompt apart.
+        RewardError: the reward fails, or cannot tell pictures of one prompt apart; or has no gradient, where the
+            algorithm asks for one.
     """
     call = _short(policy, sampling)
     texts = [prompts[0].text] * SAMPLES
+    if isinstance(algorithm, RewardGradient):
+        attempts = [(prompts[0], call), *((prompt, dict(sampling)) for prompt in prompts[:ROUNDS])]
+        check_live(policy, reward, algorithm, attempts, seed)
+        _check_gradients(policy)
+        check_stock(policy, texts[0], seed, call)
+        return
     rollout = policy.sample(texts, seed=seed, kernel=algorithm.kernel, **call)
     varies = not describe(_judged(reward, rollout.images, prompts[0]), texts)
-    check_replay(policy, rollout)
+    if algorithm.walk == "noised":
+        check_noised(policy, rollout)
+    else:
+        check_replay(policy, rollout)
     check_stock(policy, texts[0], seed, call)
     if not varies:
         check_reward(policy, prompts, reward, algorithm, sampling, seed)
@@ -102,12 +117,7 @@ def check_replay(policy: Policy, rollout: Rollout) -> None:
         assert step.old_log_prob is not None
         error = float((step.log_prob.detach() - step.old_log_prob).abs().max())
         errors[step.index] = max(error if error == error else np.inf, errors.get(step.index, 0.0))
-        if not step.log_prob.requires_grad:
-            raise PipelineError(
-                f"no gradient reaches the denoiser of {type(policy.pipe).__name__} at step {step.index}; "
-                "it cannot be trained through its own loop."
-            )
-        step.backward(step.log_prob.sum())
+        _backward(policy, step, step.log_prob)
 
     policy.replay(rollout, on_step)
     policy.replay(rollout, on_step, rollout.steps[-1:])  # by itself: what is random shows where steps are left out
@@ -118,6 +128,22 @@ def check_replay(policy: Policy, rollout: Rollout) -> None:
             f"{errors[worst]:.2g} at step {worst}); turn off what is random in it, such as dropout."
         )
     _check_gradients(policy)
+
+
+def check_noised(policy: Policy, rollout: Rollout) -> None:
+    """At every forward-noised state: a gradient of the model's error for the trained weights."""
+    path = ForwardProcess(rollout, fresh=0)
+    policy.predict(rollout, lambda step: _backward(policy, step, step.distance()), path, range(len(rollout.records)))
+    _check_gradients(policy)
+
+
+def _backward(policy: Policy, step: Step, values: Tensor) -> None:
+    if not values.requires_grad:
+        raise PipelineError(
+            f"no gradient reaches the denoiser of {type(policy.pipe).__name__} at step {step.index}; "
+            "it cannot be trained through its own loop."
+        )
+    step.backward(values.sum())
 
 
 def _check_gradients(policy: Policy) -> None:

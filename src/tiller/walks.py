@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,12 +105,9 @@ class Walker:
 
     def _live(self, chunk: Chunk, passes: Sequence[Pass], inner: int, show: Shown) -> None:
         """The last steps taken again with a graph, which the reward carries on."""
-        assert self.reward is not None
-        rollout = chunk.rollout
-        for number, one in enumerate(passes):
-            fresh = ForwardProcess(rollout, key("live", self.seed, self.state.epoch, inner, number))
-            pictures = self.policy.unroll(rollout, one.start, one.stop, fresh(one.start) if one.renoised else None)
-            show(Live(one.start, pictures, score_with_graph(self.reward, pictures, chunk.prompts, chunk.metadata)))
+        keys = (self.seed, self.state.epoch, inner)
+        for step in live(self.policy, self.reward, chunk.rollout, passes, chunk.prompts, chunk.metadata, keys):
+            show(step)
 
     def _remember(self, name: str, chunk: Chunk) -> Callable[[Step], None]:
         def on_step(step: Step) -> None:
@@ -125,6 +122,25 @@ class Walker:
             show(step)
 
         return on_step
+
+
+def live(
+    policy: Policy,
+    reward: Any,
+    rollout: Rollout,
+    passes: Sequence[Pass],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    keys: tuple[int, ...] = (),
+) -> Iterator[Live]:
+    """Each pass's pictures and rewards, one after the other, so that the graph of one only need be held.
+
+    `keys` say what the noise of renoised passes is for.
+    """
+    for number, one in enumerate(passes):
+        noised = ForwardProcess(rollout, key("live", *keys, number))
+        pictures = policy.unroll(rollout, one.start, one.stop, noised(one.start) if one.renoised else None)
+        yield Live(one.start, pictures, score_with_graph(reward, pictures, prompts, metadata))
 
 
 def scored(step: Any, known: Tensor) -> Tensor:
