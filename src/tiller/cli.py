@@ -7,17 +7,20 @@ Exit codes: 0 done; 1 a fault of tiller itself, with its traceback; 2 something 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
 from tiller.commands import quiet
-from tiller.types import ConfigError, TillerError
+from tiller.types import ConfigError, RewardTimeout, TillerError
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+LAST_WAIT = 5.0  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments) or 0
     except TillerError as error:
+        if isinstance(error, RewardTimeout):
+            _leave_anyway(USER_ERROR)
         if arguments.debug:
             raise
         text = str(error)
@@ -38,6 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _leave_anyway(code: int) -> None:
+    """Python waits for threads when it ends; those of a hanging reward get this long, unless they are daemons."""
+    sys.stdout.flush()
+    last = threading.Timer(LAST_WAIT, os._exit, (code,))
+    last.daemon = True
+    last.start()
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

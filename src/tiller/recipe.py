@@ -92,12 +92,15 @@ class RunSettings:
     output_dir: str | None = None  # None makes one under runs/, named after the recipe
     checkpoint_every: int = 5  # epochs
     keep_last: int = 2  # checkpoints
+    reward_timeout: float | None = 600.0  # seconds for 32 pictures, and in proportion for more; null waits for ever
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, trackio; metrics.jsonl is always written
     sample_prompts: int = 8  # pictures in the sheet that shows the run's progress
 
     def __post_init__(self) -> None:
         if min(self.checkpoint_every, self.keep_last) < 1 or self.sample_prompts < 0:
             raise ConfigError("checkpoint_every and keep_last must be at least 1, and sample_prompts at least 0.")
+        if self.reward_timeout is not None and self.reward_timeout <= 0:
+            raise ConfigError(f"reward_timeout is {self.reward_timeout}; it must be more than 0 seconds, or null.")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ class RewardError(TillerError):
     """A reward function failed or returned something that is not one score per image."""
 
 
+class RewardTimeout(RewardError):
+    """A reward function did not answer in time; threads of it may still hang."""
+
+
 class PipelineError(TillerError):
     """A pipeline cannot be loaded, driven or trained."""
 

@@ -17,7 +17,8 @@ from tiller.commands import quiet
 from tiller.policy import Policy, layout
 from tiller.prompts import SETS, held_out, load
 from tiller.recipe import Model, Recipe
-from tiller.rewards import Reward, resolve
+from tiller.rewards import Reward, resolve, within
+from tiller.run.claim import STACKS
 from tiller.types import ConfigError, Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,9 +86,13 @@ def splits(recipe: Recipe) -> dict[str, list[Prompt]]:
     return held_out(source) if source in SETS else {"held_out" if recipe.held_out else "trained": load(source)}
 
 
-def rewards(recipe: Recipe) -> dict[str, Reward]:
-    """The trained reward first, then those that are only reported, by the names the recipe gives them."""
-    return {name: resolve(name) for name in dict.fromkeys((recipe.reward, *recipe.evaluation.rewards))}
+def rewards(recipe: Recipe, folder: Path) -> dict[str, Reward]:
+    """The trained reward first, then those that are only reported, by the names the recipe gives them.
+
+    Each must answer in the recipe's time; where one does not, the stacks go into the run's folder.
+    """
+    names = dict.fromkeys((recipe.reward, *recipe.evaluation.rewards))
+    return {name: within(resolve(name), recipe.run.reward_timeout, folder / STACKS) for name in names}
 
 
 def folder(recipe: Recipe, name: str) -> Path:

@@ -24,7 +24,7 @@ def run(folder: Path, overrides: list[str]) -> int:
     recipe, tuned = open_run(folder)
     settings = config.from_mapping(Evaluation, config.to_mapping(recipe.evaluation) | config.parse_pairs(overrides))
     recipe = dataclasses.replace(recipe, evaluation=settings)
-    splits, rewards = building.splits(recipe), building.rewards(recipe)
+    splits, rewards = building.splits(recipe), building.rewards(recipe, folder)
     after = evaluate_policy(tuned, recipe, splits, rewards)
     del tuned
     before = evaluate_policy(building.policy(recipe.model, recipe.train.seed), recipe, splits, rewards)

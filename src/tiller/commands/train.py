@@ -22,7 +22,6 @@ from tiller.prompts import load
 from tiller.recipe import Recipe
 from tiller.report import before_after, curve, sheet
 from tiller.report.terminal import Terminal
-from tiller.rewards import resolve
 from tiller.run import Interrupts, Run, sick
 from tiller.state import TrainState
 from tiller.trackers import Tracker, tracker
@@ -32,9 +31,10 @@ from tiller.types import Prompt, RunError
 
 def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     """Train as the recipe says, or go on where the run folder left off; returns the exit code."""
-    prompts, reward, algorithm = load(recipe.prompts), resolve(recipe.reward), building.algorithm(recipe)
-    splits, rewards, sampling = building.splits(recipe), building.rewards(recipe), building.per_picture(recipe.sampling)
-    world, folder = World(), building.folder(recipe, name)
+    folder = building.folder(recipe, name)
+    prompts, rewards, algorithm = load(recipe.prompts), building.rewards(recipe, folder), building.algorithm(recipe)
+    reward, splits, sampling = rewards[recipe.reward], building.splits(recipe), building.per_picture(recipe.sampling)
+    world = World()
     terminal = Terminal(recipe.train.epochs, silent=not world.is_main)
     resolved = config.to_mapping(recipe, complete=True)
     keep = recipe.run.keep_last

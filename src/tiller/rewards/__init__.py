@@ -4,6 +4,7 @@ from tiller.rewards.background import Background
 from tiller.rewards.check import describe
 from tiller.rewards.contract import Reward, score
 from tiller.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+from tiller.rewards.patience import within
 from tiller.rewards.resolve import resolve
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "jpeg_incompressibility",
     "resolve",
     "score",
+    "within",
 ]

@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 
 from tiller.rewards.gradient import as_tensor, differentiable
-from tiller.types import RewardError, Scores
+from tiller.types import RewardError, RewardTimeout, Scores
 
 Reward = Callable[[list[Image], list[str], list[Mapping[str, Any]]], Any]
 """What a reward is. It returns a list, tuple, array or tensor of N numbers (None or NaN where a score is
@@ -79,6 +79,8 @@ def _call(reward: Reward, images: list[Image], prompts: list[str], metadata: lis
                 return reward(as_tensor(images), prompts, metadata)  # type: ignore[arg-type]
         result = reward(images, prompts, metadata)
         return _wait(result) if inspect.iscoroutine(result) else result
+    except RewardTimeout:
+        raise
     except Exception as error:
         different = list(dict.fromkeys(prompts))
         asked = ", ".join(repr(prompt) for prompt in different[:3]) + (", ..." if len(different) > 3 else "")
@@ -91,7 +93,7 @@ def _call(reward: Reward, images: list[Image], prompts: list[str], metadata: lis
 
 def _line(reward: object, error: Exception) -> str:
     """Where in the reward's own source it happened, if that can be told."""
-    code = getattr(reward, "__code__", None)
+    code = getattr(inspect.unwrap(reward), "__code__", None)  # type: ignore[arg-type]
     lines = [number for frame, number in walk_tb(error.__traceback__) if frame.f_code is code]
     return f" ({Path(code.co_filename).name}:{lines[-1]})" if code and lines else ""
 

@@ -14,7 +14,8 @@ from tiller.types import RunError
 FORMAT = 1  # of the run folder
 CONFIG, IDENTITY, ENVIRONMENT, FINISHED = "config.yaml", "identity.json", "environment.json", "finished.json"
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
-BEGINNING = {CONFIG, IDENTITY, ENVIRONMENT}  # what a run writes before there is anything to lose
+STACKS = "stacks.txt"
+BEGINNING = {CONFIG, IDENTITY, ENVIRONMENT, STACKS}  # what a run writes before there is anything to lose
 SETTING = {"model": "model.name", "prompts": "prompts", "reward": "reward"}
 
 

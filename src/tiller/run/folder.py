@@ -8,6 +8,7 @@ timings.jsonl       seconds per epoch
 checkpoints/        epoch-000010/ ...: state.safetensors, state.json, manifest.json
 images/             whatever the caller puts there
 not-finite-epoch-000003/  an update whose gradient was not finite, if that ended the run
+stacks.txt          where all threads stood when a reward did not answer
 finished.json       once all is done
 """
 
