@@ -107,6 +107,17 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     print(pretrain.run(settings))
 
 
+def _compare(arguments: argparse.Namespace) -> int | None:
+    from tiller import config
+    from tiller.comparison import Comparison
+
+    file = Path(arguments.comparison)
+    comparison = config.load(Comparison, file, arguments.overrides)
+    from tiller.commands import compare
+
+    return compare.run(comparison, file)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from tiller import doctor
 
@@ -143,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     _takes_overrides(demo, _demo, "settings that replace the demo's")
 
     sample = commands.add_parser("sample", help="draw pictures from a model or a run")
-    sample.add_argument("model", metavar="MODEL", help="a run folder, a pipeline folder, a name on the hub, or emoji")
+    sample.add_argument(
+        "model", metavar="MODEL", help="a run folder, a pipeline folder, a name on the hub, emoji or emoji-flow"
+    )
     sample.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     sample.add_argument("--prompts", metavar="SOURCE", help="a .txt or .jsonl file or a built-in set")
     sample.add_argument("--adapter", metavar="PATH", help="a LoRA to put on the model")
@@ -159,6 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = commands.add_parser("pretrain", help="train a small text-to-image model from scratch")
     pretrain.add_argument("--config", metavar="FILE.yaml", help="settings; without, those of the shipped model")
     _takes_overrides(pretrain, _pretrain, "settings, such as output=my_model data=my_pictures")
+
+    compare = commands.add_parser("compare", help="run variants of a recipe at an equal budget of reward calls")
+    compare.add_argument("comparison", metavar="COMPARISON.yaml")
+    _takes_overrides(compare, _compare, "settings, such as jobs=2 reward_calls=640")
 
     commands.add_parser("doctor", help="check this machine").set_defaults(command=_doctor)
     return parser

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from tiller import config
 from tiller.commands import building
 from tiller.commands.outcome import Outcome, outcome_tables
 from tiller.distributed import World
-from tiller.evaluation import Evaluated, draw_pictures, evaluate
+from tiller.evaluation import Evaluated, draw_pictures, drift, evaluate
 from tiller.policy import Policy
 from tiller.preflight import preflight
 from tiller.prompts import load
@@ -57,6 +58,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
                 policy, prompts, reward, algorithm, recipe.train, sampling=sampling, state=state, world=world
             )
             for report in interrupts.over(sick.watch(reports, folder, resolved, world)):
+                report.metrics.update(_evaluated(policy, recipe, splits, rewards, state, world))
                 record.log(report)
                 terminal.epoch(report.epoch, _line(report, pace))
                 if report.epoch % recipe.run.checkpoint_every == 0 or report.epoch == recipe.train.epochs:
@@ -64,10 +66,11 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
                     shown.pictures(state)
             with state.averaged():
                 tuned = evaluate_policy(policy, recipe, splits, rewards, world)
+                moved = _drift(policy, recipe, prompts)
                 if world.is_main:
                     policy.save(folder / "model")
             if world.is_main:
-                _conclude(folder, Outcome(base, tuned, recipe.reward), terminal)
+                _conclude(folder, Outcome(base, tuned, recipe.reward), moved, terminal)
             record.finish()
     return 0
 
@@ -80,6 +83,7 @@ class Shown:
     """The pictures a run shows: the same prompts and the same noise from step 0 on."""
 
     PER_PROMPT = 2
+    DRIFT = 8  # prompts on which the distance from the base model is measured
 
     def __init__(self, policy: Policy, recipe: Recipe, prompts: list[Prompt], record: Run, world: World):
         count = min(recipe.run.sample_prompts, len(prompts))
@@ -162,12 +166,48 @@ def write_scores(file: Path, scores: Mapping[str, Evaluated]) -> None:
     file.write_text(json.dumps({split: result.to_data() for split, result in scores.items()}))
 
 
-def _conclude(folder: Path, outcome: Outcome, terminal: Terminal) -> None:
+def _evaluated(
+    policy: Policy,
+    recipe: Recipe,
+    splits: Mapping[str, list[Prompt]],
+    rewards: Mapping,
+    state: TrainState,
+    world: World,
+) -> dict[str, float]:
+    """`eval/SPLIT/REWARD`, means over a split's pictures, in the epochs that `evaluation.every` asks for."""
+    every = recipe.evaluation.every
+    if not every or state.epoch % every:
+        return {}
+    with state.averaged():
+        found = evaluate_policy(policy, recipe, splits, rewards, world)
+    means = {(split, name): values for split, one in found.items() for name, values in one.scores.items()}
+    return {
+        f"eval/{split}/{name}": float(np.nanmean(values))
+        for (split, name), values in means.items()
+        if np.isfinite(values).any()
+    }
+
+
+def _drift(policy: Policy, recipe: Recipe, prompts: list[Prompt]) -> dict[str, float]:
+    """How far the model has moved, on the first prompts; nothing for a full fine-tuning, which has no base left."""
+    if recipe.model.lora_rank is None:
+        return {}
+    asked, sampling = prompts[: Shown.DRIFT], building.per_picture(recipe.sampling)
+    return drift(policy, asked, recipe.evaluation.samples_per_prompt, recipe.train.seed, sampling)
+
+
+def _conclude(folder: Path, outcome: Outcome, moved: Mapping[str, float], terminal: Terminal) -> None:
     write_scores(folder / "evaluation" / "tuned.json", outcome.tuned)
+    (folder / "evaluation" / "drift.json").write_text(json.dumps(moved))
     (folder / "evaluation" / "comparison.json").write_text(json.dumps(outcome.to_data(), indent=1))
     _write_curve(folder, outcome.reward)
     for table in outcome_tables(outcome):
         terminal.say(table)
+    if moved:
+        terminal.say(
+            f"distance from the base model: KL {moved['kl_to_base']:.1f} nats per picture; diversity within a prompt "
+            f"{moved['diversity_base']:.3f} → {moved['diversity_tuned']:.3f}"
+        )
     terminal.say(f"pictures: {folder / 'before_after.png'}, curve: {folder / 'reward.png'}, model: {folder / 'model'}")
 
 

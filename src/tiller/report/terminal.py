@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +14,8 @@ class Terminal:
     """Prints what a run says; silent in all but the main process."""
 
     def __init__(self, epochs: int, silent: bool = False):
-        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        width = None if sys.stdout.isatty() else 120  # a file has no width; 80 would cut tables
+        self.console = Console(highlight=False, soft_wrap=True, quiet=silent, width=width)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -1,0 +1,80 @@
+"""`tiller compare`: the same budget of reward calls for every variant and seed, one table, one plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tiller.comparison import Comparison, Variant, variants
+from tiller.report.comparison import Row, plot, summarise, table
+from tiller.types import RunError
+
+
+def run(comparison: Comparison, file: Path) -> int:
+    """Make every run that is not there yet, then write `comparison.json`, `.md` and `.png`; returns the exit code.
+
+    A run that failed is a row that says so; the others go on.
+    """
+    wanted = list(variants(comparison, file))
+    folder = wanted[0].folder.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}; give another output_dir.") from error
+    if comparison.jobs == 1:
+        codes = [_make(variant) for variant in wanted]
+    else:
+        with ThreadPoolExecutor(comparison.jobs) as workers:
+            codes = list(workers.map(_make, wanted))
+    rows = [_row(variant) for variant in wanted]
+    summary = summarise(rows, comparison.split)
+    (folder / "comparison.json").write_text(json.dumps(summary, indent=1))
+    (folder / "comparison.md").write_text(table(summary))
+    plot(rows, folder / "comparison.png")
+    print(table(summary))
+    print(f"table: {folder / 'comparison.md'}, plot: {folder / 'comparison.png'}")
+    return 1 if any(codes) else 0
+
+
+def _make(variant: Variant) -> int:
+    """Run one variant in a process of its own, unless it is finished; what it prints goes to a log beside it."""
+    if (variant.folder / "finished.json").exists():
+        return 0
+    log = variant.folder.with_suffix(".log")
+    command = [sys.executable, "-m", "tiller", "train", str(variant.recipe), *variant.overrides]
+    with log.open("a") as output:
+        code = subprocess.run(command, stdout=output, stderr=output, env=_environment(), check=False).returncode
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{variant.name}, seed {variant.seed}: {'done' if code == 0 else f'failed, see {log}'}")
+    return code
+
+
+def _environment() -> dict[str, str]:
+    """One thread per run unless the user says otherwise: runs side by side would slow each other down."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def _row(variant: Variant) -> Row:
+    """What one run left behind."""
+    metrics, timings = (_lines(variant.folder / name) for name in ("metrics.jsonl", "timings.jsonl"))
+    compared, drift = (
+        _data(variant.folder / "evaluation" / name, empty)
+        for name, empty in (("comparison.json", []), ("drift.json", {}))
+    )
+    return Row(variant.name, variant.seed, metrics, timings, compared, drift)
+
+
+def _lines(file: Path) -> Sequence[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _data(file: Path, empty: Any) -> Any:
+    return json.loads(file.read_text()) if file.exists() else empty
