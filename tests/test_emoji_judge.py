@@ -1,6 +1,7 @@
 """The shipped judge against scenes whose truth is known, and the two rewards made of it."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from tiller.emoji import scenes
 from tiller.emoji.judge import CLASSES, Judge, alignment, as_tensor, gold_accuracy, stated, truth
 from tiller.emoji.scenes import Facts, Scene, draw
 from tiller.emoji.words import NOUNS
+from tiller.rewards import gradient, resolve, score
+from tiller.rewards.contract import reward_name
 
 needs_font = pytest.mark.skipif(not scenes.FONT.exists(), reason="the emoji font is not installed")
 COUNT = 400
@@ -114,3 +117,57 @@ def test_labels_are_canonical():
 
 def test_the_judge_is_small():
     assert judging.WEIGHTS.stat().st_size <= 3_000_000
+
+
+# ---- the alignment reward of tensors, with a gradient ----
+
+SCENES = [
+    (Scene("cat", count=3, colour="blue", jitter=4), "three cats on a blue background"),
+    (Scene("dog", other="cat", relation="left of", jitter=2), "a cat left of a dog"),
+    (Scene("fox", activity="playing guitar", jitter=1), "a fox playing chess"),
+    (Scene("fox", jitter=1), "nothing that is known"),
+]
+
+
+@needs_font
+@pytest.mark.parametrize("size", [48, 64, 100, 128])
+def test_tensors_are_scored_as_pictures_are(size):
+    pictures = [draw(scene).resize((size, size)) for scene, _ in SCENES]
+    prompts = [prompt for _, prompt in SCENES]
+    as_pictures = alignment(pictures, prompts, [{}] * 4)
+    as_tensors = alignment(gradient.as_tensor(pictures), prompts, [{}] * 4)
+    assert as_pictures[3] is None
+    assert math.isnan(as_tensors[3])
+    # one pixel in thousands differs by one level: PIL resizes in fixed point
+    assert as_tensors[:3].tolist() == pytest.approx(as_pictures[:3], abs=1e-5 if size == 64 else 1e-3)
+    scores = score(alignment, pictures, prompts, [{}] * 4)
+    assert scores.values[:3].tolist() == as_tensors[:3].tolist()
+    assert not scores.valid[3]
+
+
+@needs_font
+@pytest.mark.parametrize("size", [64, 128])
+def test_tensors_are_resized_as_pil_does(size):
+    picture = draw(SCENES[0][0], size=64).resize((size, size), Image.Resampling.BICUBIC)
+    ours = judging.fitted(gradient.as_tensor([picture])) * 255
+    theirs = (as_tensor([picture]) + 1) * 127.5
+    assert float((ours - theirs).abs().max()) <= 1.001
+    assert float((ours - theirs).abs().mean()) < 0.01
+
+
+@needs_font
+def test_the_gradient_of_alignment_is_the_finite_difference():
+    """Along its own direction, in a half-tone picture that is sure of nothing."""
+    pictures = (gradient.as_tensor([draw(SCENES[1][0])]) * 0.3 + 0.3).requires_grad_()
+    prompts = [SCENES[1][1]]
+    alignment(pictures, prompts, [{}]).sum().backward()
+    direction = pictures.grad / pictures.grad.norm()
+    with torch.no_grad():
+        up, down = (float(alignment(pictures + size * direction, prompts, [{}])) for size in (1e-2, -1e-2))
+    assert float(pictures.grad.norm()) == pytest.approx((up - down) / 2e-2, rel=0.05)
+
+
+def test_alignment_says_that_it_has_a_gradient():
+    assert gradient.differentiable(resolve("emoji_alignment"))
+    assert reward_name(alignment) == "alignment"
+    assert alignment([], [], []) == []
