@@ -48,11 +48,27 @@ def test_the_reward_of_extending_prefers_red():
     assert red > blue
 
 
+def test_the_reward_with_a_gradient_of_extending_trains_and_prefers_red():
+    import tiny
+
+    scope: dict = {}
+    exec(next(block for block in blocks(ROOT / "docs" / "extending.md") if "differentiable = True" in block), scope)
+    pictures = torch.zeros(2, 3, 4, 4)
+    pictures[0, 0], pictures[1, 2] = 1, 1  # red, blue
+    assert scope["redness"](pictures, ["", ""], [{}, {}]).tolist() == [1, -1]
+    policy = tiller.Policy(tiny.tiny_sd(), lora_rank=2)
+    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
+    config = tiller.TrainConfig(epochs=1, samples_per_epoch=4, group_size=1, batch_size=2)
+    sampling = {"num_inference_steps": 3, "height": 16, "width": 16}
+    list(tiller.train(policy, ["a cat"], scope["redness"], tiller.DRaFT(), config, sampling=sampling))
+    assert any(not torch.equal(before[name], p) for name, p in policy.parameters.items())
+
+
 def test_the_algorithm_of_extending_trains(tmp_path):
     import tiny
 
     scope: dict = {}
-    exec(blocks(ROOT / "docs" / "extending.md")[1], scope)
+    exec(next(block for block in blocks(ROOT / "docs" / "extending.md") if "class GroupPPO" in block), scope)
     policy = tiller.Policy(tiny.tiny_sd(), lora_rank=2)
     before = {name: p.detach().clone() for name, p in policy.parameters.items()}
     config = tiller.TrainConfig(epochs=1, samples_per_epoch=8, group_size=8, batch_size=4)
