@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what suits a denoiser of 600 weights 
     "flow_grpo": {"clip_range": 1e-2, "kl_coefficient": 0.01},
     "flow_grpo_fast": {"clip_range": 1e-2, "window_last": 1},
     "dance_grpo": {"clip_range": 1e-2},
-    "mix_grpo": {"clip_range": 1e-2, "window_size": 3, "window_every": 2},
+    "mix_grpo": {"clip_range": 1e-2, "window_size": 2, "window_every": 2, "inner_epochs": 2},
     "refl": {"target": 300.0, "coefficient": 1.0},  # above any brightness
     "awm": {"first_timestep": 0, "timestep_fraction": 1.0},  # of four steps, the first counts most
 }
