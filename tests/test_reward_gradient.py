@@ -16,13 +16,16 @@ import tiny
 from tiller.algorithms import DDPO, AlignProp, DRaFT, DRaFTLV, ReFL, RewardGradient
 from tiller.algorithms.base import Pass
 from tiller.collect import Batch, collect
+from tiller.commands import building
 from tiller.distributed import World
+from tiller.emoji import FOLDER
 from tiller.kernels import DDIM, ODE
 from tiller.metrics import Clock
 from tiller.policy import Policy, Rollout
 from tiller.policy.forward import ForwardProcess
 from tiller.policy.noise import key
 from tiller.preflight import preflight
+from tiller.recipe import Model
 from tiller.rewards import jpeg_compressibility
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
@@ -477,3 +480,10 @@ def test_gradients_reach_the_adapters_alone_and_checkpointing_changes_nothing(ma
     assert_close(found[1], found[0])
     parts = [part for part in policy.pipe.components.values() if isinstance(part, torch.nn.Module)]
     assert not any(p.grad is not None for part in parts for p in part.parameters())
+
+
+@pytest.mark.skipif(not (FOLDER / "model" / "model_index.json").exists(), reason="the shipped model is not there")
+def test_a_recipe_checkpoints_the_decoder_too() -> None:
+    policy = building.policy(Model(gradient_checkpointing=True, device="cpu"), seed=0)
+    assert policy.pipe.unet.is_gradient_checkpointing
+    assert policy.pipe.vae.is_gradient_checkpointing
