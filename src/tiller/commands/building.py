@@ -53,7 +53,7 @@ def policy(model: Model, seed: int) -> Policy:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         if model.compile:
             denoiser.forward = torch.compile(denoiser.forward)
-    decoder = getattr(loaded.pipe, "vae", None)
+    decoder: Any = getattr(loaded.pipe, "vae", None)
     if model.gradient_checkpointing and getattr(decoder, "_supports_gradient_checkpointing", False):
         decoder.enable_gradient_checkpointing()  # a reward's gradient may come back through it
     return loaded

@@ -25,9 +25,10 @@ from PIL.Image import Image
 from tiller.rewards.gradient import as_tensor, differentiable
 from tiller.types import RewardError, RewardTimeout, Scores
 
-Reward = Callable[[list[Image], list[str], list[Mapping[str, Any]]], Any]
-"""What a reward is. It returns a list, tuple, array or tensor of N numbers (None or NaN where a score is
-missing), or a mapping from names to such lists. An `async def` is one too."""
+Reward = Callable[[Any, list[str], list[Mapping[str, Any]]], Any]
+"""What a reward is. It gets N pictures, as PIL images or, where it says `differentiable = True`, as one tensor. It
+returns a list, tuple, array or tensor of N numbers (None or NaN where a score is missing), or a mapping from names to
+such lists. An `async def` is one too."""
 
 
 def score(
@@ -76,7 +77,7 @@ def _call(reward: Reward, images: list[Image], prompts: list[str], metadata: lis
     try:
         if differentiable(reward):
             with torch.no_grad():
-                return reward(as_tensor(images), prompts, metadata)  # type: ignore[arg-type]
+                return reward(as_tensor(images), prompts, metadata)
         result = reward(images, prompts, metadata)
         return _wait(result) if inspect.iscoroutine(result) else result
     except RewardTimeout:
