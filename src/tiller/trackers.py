@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from tiller.types import ConfigError
 
 WAITING = 1000  # lines that a tracker may lag behind
-PATIENCE = 5.0  # seconds that a tracker gets at the end to catch up
+PATIENCE = 30.0  # seconds that a tracker gets at the end to catch up; wandb took 5 to write three lines to a disk
 
 
 class Tracker(Protocol):
@@ -31,7 +31,7 @@ class Tracker(Protocol):
 
 
 def tracker(name: str, run_name: str, config: Mapping[str, Any], folder: str | Path = ".") -> Tracker:
-    """A tracker by name: tensorboard (writes into `folder`), wandb (obeys WANDB_MODE), trackio.
+    """A tracker by name: tensorboard and wandb (which obeys WANDB_MODE) write into `folder`, trackio where it wants.
 
     Raises:
         ConfigError: there is no tracker of this name, or its package is not installed.
@@ -113,18 +113,25 @@ class TensorBoard:
 
 
 class Hosted:
-    """wandb, and trackio, which has the same three calls. Keys and modes are the packages' own business."""
+    """A run of wandb, or of trackio, which has the same calls. Keys and modes are the packages' own business."""
 
-    def __init__(self, library: Any, run_name: str, config: Mapping[str, Any], folder: Path):
-        self._library = library
-        self._run = library.init(project="tiller", name=run_name, config=dict(config))
+    def __init__(self, run: Any, image: Callable[[Any], Any]):
+        self._run, self._image = run, image
+
+    @classmethod
+    def wandb(cls, library: Any, run_name: str, config: Mapping[str, Any], folder: Path) -> Hosted:
+        """Its files go into `folder`/wandb."""
+        return cls(library.init(project="tiller", name=run_name, config=dict(config), dir=str(folder)), library.Image)
+
+    @classmethod
+    def trackio(cls, library: Any, run_name: str, config: Mapping[str, Any], folder: Path) -> Hosted:
+        """Its files go where TRACKIO_DIR says."""
+        return cls(library.init(project="tiller", name=run_name, config=dict(config)), library.Image)
 
     def log(self, step: int, metrics: Mapping[str, float], images: Sequence[Any] = ()) -> None:
-        """See Tracker."""
-        line: dict[str, Any] = dict(metrics)
-        if images:
-            line["samples"] = [self._library.Image(image) for image in images]
-        self._run.log(line, step=step)
+        """See Tracker. Each picture has a name of its own, for trackio drops lists of them."""
+        pictures = {f"samples/{number}": self._image(image) for number, image in enumerate(images)}
+        self._run.log({**metrics, **pictures}, step=step)
 
     def close(self) -> None:
         """See Tracker."""
@@ -133,6 +140,6 @@ class Hosted:
 
 TRACKERS: Mapping[str, tuple[str, Callable[..., Tracker]]] = {
     "tensorboard": ("torch.utils.tensorboard", TensorBoard),
-    "wandb": ("wandb", Hosted),
-    "trackio": ("trackio", Hosted),
+    "wandb": ("wandb", Hosted.wandb),
+    "trackio": ("trackio", Hosted.trackio),
 }
