@@ -39,6 +39,8 @@ _HOMES = {
     "CRD": "tiller.algorithms",
     "DiffusionDPO": "tiller.algorithms",
     "D3PO": "tiller.algorithms",
+    "DPOK": "tiller.algorithms",
+    "PPO": "tiller.algorithms",
     "Prompt": "tiller.types",
     "Scores": "tiller.types",
     "TillerError": "tiller.types",

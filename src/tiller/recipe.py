@@ -30,6 +30,8 @@ ALGORITHMS = Choice(
         "crd": "tiller.algorithms.crd:CRD",
         "dpo": "tiller.algorithms.dpo:DiffusionDPO",
         "d3po": "tiller.algorithms.d3po:D3PO",
+        "dpok": "tiller.algorithms.dpok:DPOK",
+        "ppo": "tiller.algorithms.ppo:PPO",
     }
 )
 """What `algorithm:` may name."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tiller.algorithms.base import Algorithm
+from tiller.critic import Critic
 from tiller.policy import Policy
 from tiller.settings import TrainConfig
 from tiller.types import RunError
@@ -40,6 +41,8 @@ class TrainState:
         self.ema = self._snapshot() if config.ema_decay is not None else None
         self.followers = dict(algorithm.copies) if algorithm else {}
         self.copies = {name: self._snapshot() for name in self.followers}
+        device = next(iter(self.parameters.values())).device
+        self.critic = Critic(algorithm.critic, config.seed, device) if algorithm and algorithm.critic else None
         self._base = policy.base
         if algorithm and "reference" in algorithm.needs and policy.lora_rank is None:
             self.copies["reference"] = self._snapshot()  # full fine-tuning changes the model's own weights
@@ -67,8 +70,12 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def end_epoch(self) -> None:
-        """Count an epoch, and let the copies follow that do so once per epoch."""
+    def end_epoch(self, history: Mapping[str, list[float]]) -> None:
+        """Count an epoch, keep its statistics, and let the copies follow that do so once per epoch.
+
+        An epoch that is broken off half-way leaves the statistics as they were.
+        """
+        self.history = dict(history)
         self._follow("epoch", self.epoch)
         self.epoch += 1
 
@@ -104,12 +111,12 @@ class TrainState:
             self._put(latest)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, optimiser moments, running mean and copies, by name."""
+        """Weights, optimiser moments, running mean, copies and value network, by name."""
         found = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 found[f"optimizer.{key}.{name}"] = value
-        return found | self._means()
+        return found | self._means() | (self.critic.tensors() if self.critic is not None else {})
 
     def _means(self) -> dict[str, Tensor]:
         """The running mean and the copies, by the names they are saved under."""
@@ -151,11 +158,14 @@ class TrainState:
         for kind, values in self.copies.items():
             for name in values:
                 values[name] = _like(self.parameters[name], tensors[f"copy.{kind}.{name}"])
+        if self.critic is not None:
+            self.critic.load(tensors)
 
     def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
         wanted = {f"weights.{name}": tuple(p.shape) for name, p in self.parameters.items()}
         wanted |= {name: tuple(value.shape) for name, value in self._means().items()}
-        given = {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith("optimizer.")}
+        own = ("optimizer.",) if self.critic is None else ("optimizer.", "critic.")
+        given = {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith(own)}
         if wanted != given:
             odd = sorted(set(wanted.items()) ^ set(given.items()))[0][0]
             raise RunError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from tiller.algorithms.base import Algorithm, RewardGradient
 from tiller.collect import Batch, collect, noise_window
+from tiller.critic import Paths, prompt_vectors
 from tiller.distributed import World
 from tiller.metrics import Clock, score_metrics
 from tiller.policy import Policy
@@ -71,11 +72,22 @@ def train(
     while state.epoch < config.epochs:
         clock = Clock()
         batch = collect(policy, asked, reward, algorithm, config, sampling, state, world, clock)
-        metrics = score_metrics(batch.scores, config.group_size)
+        metrics = score_metrics(batch.scores, config.group_size) | _fit_critic(batch, config, state, world)
         metrics |= update(policy, batch, algorithm, config, state, world, reward)
         clock.lap("time/update")
-        state.end_epoch()
+        state.end_epoch(batch.history)
         yield _report(batch, metrics | _progress(state), clock.laps, state)
+
+
+def _fit_critic(batch: Batch, config: TrainConfig, state: TrainState, world: World) -> dict[str, float]:
+    """Train the value network on the epoch's rewards, where the algorithm has one."""
+    if state.critic is None:
+        return {}
+    paths = [
+        Paths(chunk.number * config.batch_size, chunk.rollout.latents[:-1], prompt_vectors(chunk.rollout))
+        for chunk in batch.chunks
+    ]
+    return state.critic.fit(paths, batch.scores.values, state.epoch, world)
 
 
 def _progress(state: TrainState) -> dict[str, float]:

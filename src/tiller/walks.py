@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tiller.algorithms.base import Algorithm, Pass
+from tiller.critic import prompt_vectors
 from tiller.policy import Policy, Rollout, Step
 from tiller.policy.forward import ForwardProcess
 from tiller.policy.noise import key
@@ -88,8 +89,8 @@ class Walker:
             with torch.no_grad(), self.state.using(name):
                 self.policy.replay(chunk.rollout, self._remember(name, chunk), missing)
         self.policy.replay(chunk.rollout, self._with_others(chunk, show), steps)
-        if any(name != "reference" for name in self.algorithm.needs):
-            self._seen.clear()  # a copy that follows the weights will have moved
+        if self.algorithm.inner_epochs == 1 or any(name != "reference" for name in self.algorithm.needs):
+            self._seen.clear()  # nobody will ask again, or a copy that follows the weights will have moved
 
     def _noised(self, chunk: Chunk, steps: Sequence[int], inner: int, show: Shown) -> None:
         """The clean latents, noised again: fresh noise for every step of every inner epoch."""
@@ -116,7 +117,12 @@ class Walker:
         return on_step
 
     def _with_others(self, chunk: Chunk, show: Shown) -> Callable[[Step], None]:
+        critic = self.state.critic
+        prompts = None if critic is None else prompt_vectors(chunk.rollout)
+
         def on_step(step: Step) -> None:
+            if critic is not None and prompts is not None:
+                step.value, step.residual = critic.value(step.sample, step.index, prompts), critic.residual
             step.groups = torch.from_numpy(chunk.groups).to(step.prediction.device)
             step.others = {name: self._seen[name, chunk.number, step.index] for name in self.algorithm.needs}
             show(step)

@@ -10,12 +10,14 @@ from tiller.algorithms.ddpo import DDPO
 from tiller.algorithms.ddpo_sf import DDPOSF
 from tiller.algorithms.dgpo import DGPO
 from tiller.algorithms.dpo import DiffusionDPO
+from tiller.algorithms.dpok import DPOK
 from tiller.algorithms.draft import DRaFT
 from tiller.algorithms.draft_lv import DRaFTLV
 from tiller.algorithms.flow_grpo import FlowGRPO
 from tiller.algorithms.flow_grpo_fast import FlowGRPOFast
 from tiller.algorithms.mix_grpo import MixGRPO
 from tiller.algorithms.nft import NFT
+from tiller.algorithms.ppo import PPO
 from tiller.algorithms.refl import ReFL
 from tiller.algorithms.rwr import RWR
 from tiller.algorithms.rwr_sparse import RWRSparse
@@ -28,7 +30,9 @@ __all__ = [
     "DDPO",
     "DDPOSF",
     "DGPO",
+    "DPOK",
     "NFT",
+    "PPO",
     "RWR",
     "SFT",
     "Algorithm",

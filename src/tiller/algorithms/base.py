@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History
+from tiller.critic import CriticSettings
 from tiller.kernels import Kernel
 from tiller.schedules import Decay
 from tiller.types import ConfigError, Scores
@@ -69,6 +70,8 @@ class Algorithm(ABC):
     kernel: Kernel | None = None  # how transitions are drawn; None leaves it to the policy (`Policy.sample`)
     inner_epochs: int = 1  # how often an epoch's samples are gone through
     timestep_fraction: float = 1.0  # the share of the trainable steps that is trained, drawn anew for every update
+    critic: CriticSettings | None = None  # the value network whose word the loss reads in `step.value`
+    data_weight: float = 0.0  # of the denoising loss on captioned data, added to every update
 
     @property
     def keeps_means(self) -> bool:

@@ -106,6 +106,8 @@ class Step:
     noise: Tensor | None = None  # (B, ...) ε of a forward-noised state
     groups: Tensor | None = None  # (B,) int64: drawn for the same prompt side by side; -1: left out
     others: Mapping[str, Seen] = field(default_factory=dict)  # what other copies of the weights say here
+    value: Tensor | None = None  # (B,) V(x_t, t, prompt), the reward to expect, where the algorithm has a critic
+    residual: tuple[float, float] = (0.0, 1.0)  # mean and std of reward - value over the epoch
 
     @cached_property
     def transition(self) -> Gaussian:

@@ -1,0 +1,70 @@
+"""DPOK (Fan et al. 2023, "DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models", 2305.16381)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from tiller import losses
+from tiller.advantages import History
+from tiller.algorithms.base import Algorithm, require, require_density
+from tiller.algorithms.kl import Estimator, check_kl, divergence
+from tiller.critic import DPOK_VALUE, CriticSettings
+from tiller.kernels import Kernel
+from tiller.types import Scores
+
+if TYPE_CHECKING:
+    from tiller.policy import Step
+
+
+@dataclass(frozen=True)
+class DPOK(Algorithm):
+    """The reward above what the value network expected of the state, a clamped ratio, and a KL to the base model.
+
+    The numbers are those of the reference code for one prompt: five updates per round, each on a tenth of its
+    transitions. For many prompts it has `reward_weight` 1000 and `kl_coefficient` 0.1.
+    """
+
+    reward_weight: float = 10.0  # w_r
+    clip_range: float = 1e-4
+    kl_coefficient: float = 0.01  # w_k
+    kl_estimator: Estimator = "prediction"  # the code's; the paper's is gaussian
+    critic: CriticSettings | None = DPOK_VALUE
+    inner_epochs: int = 5
+    timestep_fraction: float = 0.1
+    kernel: Kernel | None = None
+
+    def __post_init__(self) -> None:
+        require(self.reward_weight >= 0, "reward_weight", self.reward_weight, "0 or more")
+        require(self.clip_range >= 0, "clip_range", self.clip_range, "0 or more")
+        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
+        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
+        check_kl(self.kl_coefficient, self.kl_estimator)
+        require_density(self.kernel, "DPOK")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("reference",) if self.kl_coefficient else ()
+
+    def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
+        """(N,) the rewards: what they are worth is only known at each state."""
+        return np.where(scores.valid, scores.values, np.nan)
+
+    def loss(self, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert step.old_log_prob is not None
+        old = step.old_log_prob
+        surprise = advantages if step.value is None else advantages - step.value  # (B,) r - V(x_t, t, c)
+        loss = losses.clamped_ratio(step.log_prob, old, self.reward_weight * surprise, self.clip_range)
+        numbers = {
+            "policy/clip_fraction": losses.clip_fraction(step.log_prob, old, self.clip_range),
+            "policy/approx_kl": losses.approximate_kl(step.log_prob, old),
+        }
+        if self.kl_coefficient:
+            kl = divergence(step, self.kl_estimator)
+            numbers[f"policy/kl_{self.kl_estimator}"] = kl.mean()
+            loss = loss + self.kl_coefficient * kl
+        return loss, numbers
