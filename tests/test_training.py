@@ -338,3 +338,18 @@ def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, Any], says: str) -> 
     with pytest.raises(ConfigError) as caught:
         config(**sizes)
     assert says in str(caught.value)
+
+
+def test_an_epoch_that_was_broken_off_does_not_count_its_rewards_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a notebook's cell is interrupted and run again."""
+    policy, settings, algorithm = Policy(toy(), lora_rank=None), config(epochs=2), DDPO()
+    state = TrainState(policy, settings, algorithm)
+    next(iter(train(policy, PROMPTS, brightness, algorithm, settings, state=state)))
+    after_one = {prompt: list(rewards) for prompt, rewards in state.history.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("tiller.training.update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            list(train(policy, PROMPTS, brightness, algorithm, settings, state=state))
+    assert state.history == after_one
+    list(train(policy, PROMPTS, brightness, algorithm, settings, state=state))
+    assert sum(len(rewards) for rewards in state.history.values()) == 16

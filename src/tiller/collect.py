@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class Batch:
     advantages: np.ndarray  # (N,) NaN where a sample is left out, as where its score is missing
     pictures: list[Any]  # of this process's first chunk, for the log
     window: range | None = None  # the only steps that were drawn with noise, where there is such a window
+    history: Mapping[str, list[float]] = field(default_factory=dict)  # the state's, once the epoch is done
 
 
 def collect(
@@ -77,7 +78,9 @@ def collect(
     clock.lap("time/reward")
     texts = [prompts[prompt].text for prompt, _ in pairs]
     state.reward_calls += len(texts)
-    return Batch(chunks, texts, scores, algorithm.advantages(scores, texts, state.history), pictures, window)
+    history = dict(state.history)
+    advantages = algorithm.advantages(scores, texts, history)
+    return Batch(chunks, texts, scores, advantages, pictures, window, history)
 
 
 def noise_window(
