@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -103,8 +104,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(poison: 
 
 
 def test_the_running_mean_is_its_closed_form() -> None:
-    """After n updates: d^n·θ_0 + (1 - d)·Σ_k d^(n-k)·θ_k."""
-    settings = config(ema_decay=0.9)
+    """Π d_j·θ_0 + Σ_k (1 - d_k)·Π_{j>k} d_j·θ_k with d = 1/10, 2/11, 3/12, then the .3 that is asked for."""
+    settings = config(ema_decay=0.3)
     state = TrainState(Policy(toy(), lora_rank=None), settings)
     path = [weights(state)]
     for number in range(5):
@@ -113,7 +114,10 @@ def test_the_running_mean_is_its_closed_form() -> None:
         path.append(weights(state))
     assert state.ema is not None
     for name, mean in state.ema.items():
-        expected = 0.9**5 * path[0][name] + sum(0.1 * 0.9 ** (5 - k) * path[k][name] for k in range(1, 6))
+        decays = [1 / 10, 2 / 11, 3 / 12, 0.3, 0.3]
+        expected = math.prod(decays) * path[0][name]
+        for k, decay in enumerate(decays):
+            expected = expected + (1 - decay) * math.prod(decays[k + 1 :]) * path[k + 1][name]
         torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
 
 

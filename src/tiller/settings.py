@@ -26,7 +26,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     max_grad_norm: float = 1.0  # the gradient's norm is scaled down to this
-    ema_decay: float | None = None  # of a running mean of the weights, per update; None keeps none
+    ema_decay: float | None = None  # of a running mean of the weights, once warmed up (schedules.warm_up); None: none
     seed: int = 0  # of prompts, noise and initial adapter weights
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tiller.algorithms.base import Algorithm
 from tiller.critic import Critic
 from tiller.policy import Policy
+from tiller.schedules import warm_up
 from tiller.settings import TrainConfig
 from tiller.types import RunError
 
@@ -65,7 +66,7 @@ class TrainState:
             self.optimizer.step()
             self.updates += 1
             if self.ema is not None and config.ema_decay is not None:
-                self._move(self.ema, config.ema_decay)
+                self._move(self.ema, warm_up(config.ema_decay)(self.updates - 1))
             self._follow("update", self.updates - 1)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
