@@ -92,7 +92,7 @@ def test_a_bad_reward_is_refused_before_training_in_one_sentence(recipe, tmp_pat
         ("model.target_modules=[nothing]", "target_modules"),
         ("model.name=/nowhere/at/all", "/nowhere/at/all"),
         ("prompts=missing.txt", "missing.txt"),
-        ("kernel=ode", "density"),
+        ("kernel=ode", "log-probabilities"),
     ],
 )
 def test_a_bad_setting_is_refused_in_one_sentence(recipe, capsys, override, sentence):

@@ -227,9 +227,13 @@ def test_settings_without_a_part_in_the_result_may_change(tmp_path: Path) -> Non
 
 
 def test_a_run_that_never_began_may_have_another_recipe(tmp_path: Path) -> None:
+    """Also where a reward hung in preflight, and trackers had begun."""
     Run.open(tmp_path, RECIPE).close()
+    (tmp_path / "stacks.txt").write_text("Thread 0x1")
+    (tmp_path / "tensorboard").mkdir()
     Run.open(tmp_path, changed(train__seed=3)).close()
     assert yaml_text.read(tmp_path / "config.yaml")["train"]["seed"] == 3
+    assert not (tmp_path / "stacks.txt").exists()
 
 
 def test_a_finished_run_says_so_and_can_be_taken_further(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ CONFIG, IDENTITY, ENVIRONMENT, FINISHED = "config.yaml", "identity.json", "envir
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 STACKS = "stacks.txt"
 BEGINNING = {CONFIG, IDENTITY, ENVIRONMENT, STACKS}  # what a run writes before there is anything to lose
+VIEWS = {"tensorboard", "wandb"}  # trackers' folders: made before the first update, and never read
 SETTING = {"model": "model.name", "prompts": "prompts", "reward": "reward"}
 
 
@@ -26,10 +27,11 @@ def claim(folder: Path, recipe: Mapping[str, Any], saved: bool, resume: bool) ->
         RunError: it holds something else, another or a finished run, or (with `resume`) no checkpoint.
     """
     contents = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    if contents <= BEGINNING:
-        _clear(folder)
+    rest = sorted(contents - BEGINNING - VIEWS)
+    if rest:
+        _check_same(folder, recipe, rest[0])
     else:
-        _check_same(folder, recipe, sorted(contents - BEGINNING)[0])
+        _clear(folder)
     if resume and not saved:
         raise RunError(f"{folder} holds no checkpoint to resume from; leave out --resume to begin.")
     with writing(folder):
