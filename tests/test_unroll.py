@@ -36,6 +36,25 @@ def test_a_solver_with_a_memory_goes_on_where_the_recording_was(name) -> None:
     torch.testing.assert_close(policy.unroll(rollout, 2).detach(), images, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("kernel", [None, DDIM(1.0), ODE()])
+def test_a_pipeline_that_decodes_the_denoised_latents_has_their_gradient(kernel) -> None:
+    """Latent consistency: the picture is the last step's denoised prediction, a linear map of the U-Net's output."""
+    policy = Policy(tiny.tiny_lcm(), lora_rank=None)
+    rollout, images = pictures(policy, kernel=kernel, height=16, width=16)
+    live = policy.unroll(rollout, 3)
+    torch.testing.assert_close(live.detach(), images, atol=1e-6, rtol=0)
+    live.mean().backward()
+    bias = policy.parameters["unet.conv_out.bias"]
+    slope, values = bias.grad.sum(), []
+    for sign in (1, -1):
+        with torch.no_grad():
+            bias += sign * 1e-2
+            values.append(float(policy.unroll(rollout, 3).double().mean()))
+            bias -= sign * 1e-2
+    assert float(slope) == pytest.approx((values[0] - values[1]) / 2e-2, rel=2e-2)
+    assert abs(float(slope)) > 1e-4
+
+
 def test_live_flow_pictures_are_the_recorded_ones() -> None:
     policy = Policy(tiny.tiny_sd3(), lora_rank=2)
     rollout, images = pictures(policy, kernel=FlowSDE(0.7))

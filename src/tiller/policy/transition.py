@@ -19,22 +19,28 @@ def rows(latents: Tensor, batch_size: int) -> int:
     return batch_size if len(latents) % batch_size == 0 else 1
 
 
-def transition(kernel: Kernel, call: StepCall, lazy: bool = False) -> tuple[Any, Any, Stage | None]:
+def transition(
+    kernel: Kernel, call: StepCall, lazy: bool = False, graph: bool = False
+) -> tuple[Any, Any, Stage | None]:
     """The scheduler's own answer, the Gaussian of the transition, and how the scheduler was read.
 
     The answer is always asked for: it moves the scheduler's state on, and holds what else the pipeline may want of it.
-    With `lazy` the Gaussian comes as a function, so that nothing is computed which a loss does not ask for.
+    With `lazy` the Gaussian comes as a function, so that nothing is computed which a loss does not ask for. With
+    `graph` the answer has one too: some pipelines decode what else is in it (latent consistency).
     """
     output, sample = call.output, call.sample
     if isinstance(kernel, Stock):
-        answer, own = _own_gaussian(call)
+        answer, own = _own_gaussian(call, graph)
         return (
             answer,
             (lambda: own) if lazy else own,
             stage_of(call),
         )
-    with torch.no_grad():
-        answer = call.solve(output.detach(), sample.detach())
+    if graph:
+        answer = call.solve(output, sample)
+    else:
+        with torch.no_grad():
+            answer = call.solve(output.detach(), sample.detach())
     stage = stage_of(call)
     if lazy and not kernel.deterministic:
         return answer, lambda: _gaussian(kernel, stage, output, sample), stage
@@ -47,7 +53,7 @@ def stage_of(call: StepCall) -> Stage | None:
     return read(call.scheduler, call.timestep, call.denoised, call.per_token)
 
 
-def _own_gaussian(call: StepCall) -> tuple[Any, Gaussian]:
+def _own_gaussian(call: StepCall, graph: bool = False) -> tuple[Any, Gaussian]:
     """The scheduler's own answer without noise, and its own transition, in float32.
 
     Every scheduler adds its noise linearly, so two answers, one without noise and one with a constant in its place,
@@ -60,8 +66,8 @@ def _own_gaussian(call: StepCall) -> tuple[Any, Gaussian]:
     answer, _ = call.solve_with_noise(*exact, size=0.0)
     mean = first(answer)
     std = _scalar((first(shifted) - mean) / PROBE) if drew else 0.0
-    detached = pytree.tree_map_only(Tensor, lambda t: t.detach().to(call.sample.dtype), answer)
-    return detached, Gaussian(mean, std)
+    kept = pytree.tree_map_only(Tensor, lambda t: (t if graph else t.detach()).to(call.sample.dtype), answer)
+    return kept, Gaussian(mean, std)
 
 
 def _gaussian(kernel: Kernel, stage: Stage | None, output: Tensor, sample: Tensor) -> Gaussian:

@@ -66,7 +66,7 @@ class Unroller:
                 call.with_history(history)
         if record.kernel.deterministic and not self._ends(index):
             return call.solve(call.output, call.sample)
-        answer, gaussian, stage = transition(record.kernel, call, lazy=True)
+        answer, gaussian, stage = transition(record.kernel, call, lazy=True, graph=True)
         if self._ends(index):
             if stage is None:
                 raise PipelineError(
