@@ -120,17 +120,21 @@ def since(tensor: Tensor, start: int) -> Tensor:
     return tensor
 
 
-def cut(value: Any, depth: int = 4) -> None:
+def cut(value: Any) -> None:
     """Detach, in place, every tensor that is held by dicts, lists and objects: an earlier step's graph ends there."""
-    if isinstance(value, (dict, list)):
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            if isinstance(item, Tensor):
-                if item.requires_grad and not item.is_leaf:
-                    value[key] = item.detach()
-            elif depth:
-                cut(item, depth - 1)
-    elif isinstance(value, tuple) and depth:
-        for item in value:
-            cut(item, depth - 1)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, Tensor, torch.nn.Module)) and depth:
-        cut(vars(value), depth - 1)
+    waiting, seen = [value], set()
+    while waiting:
+        holder = waiting.pop()
+        if id(holder) in seen or isinstance(holder, (type, Tensor, nn.Module, *SETTINGS)):
+            continue
+        seen.add(id(holder))
+        if isinstance(holder, (dict, list)):
+            for key, item in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+                if isinstance(item, Tensor) and item.requires_grad and not item.is_leaf:
+                    holder[key] = item.detach()
+                else:
+                    waiting.append(item)
+        elif isinstance(holder, tuple):
+            waiting += holder
+        elif hasattr(holder, "__dict__") and not callable(holder):
+            waiting.append(vars(holder))
