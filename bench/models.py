@@ -63,13 +63,13 @@ def _stable_diffusion(unet: dict[str, Any], latents: int, vae: dict[str, Any], t
 
 
 def _embedded() -> Any:
-    from tiller.emoji import MODEL
+    from tiller import emoji
     from tiller.policy.loading import load_pipeline
     from tiller.pretrain.config import AutoencoderConfig, DenoiserConfig
     from tiller.pretrain.denoiser import PROMPT_TOKENS, Denoiser, schedule
 
-    if (MODEL / "model_index.json").exists():
-        return load_pipeline("emoji", torch_dtype=torch.float32)
+    if (emoji.FOLDER / emoji.MODELS["emoji"] / "model_index.json").exists():
+        return load_pipeline("emoji", dtype=torch.float32)
     config, channels = DenoiserConfig(), AutoencoderConfig().latent_channels
     tokenizer = _tokenizer(PROMPT_TOKENS)
     model = Denoiser(config, channels, 8, len(tokenizer), tokenizer.eos_token_id)
