@@ -149,4 +149,4 @@ def _by_alpha(scheduler: Any, config: Any, timestep: int) -> Stage | None:
     clip = config.get("clip_sample_range", 1.0) if clips else None
     limit = scheduler._threshold_sample if config.get("thresholding") else None
     now, after = variance_preserving(float(table[timestep])), variance_preserving(float(then))
-    return Stage(now, after, config.prediction_type, clip=None if limit else clip, threshold=limit)
+    return Stage(now, after, config.get("prediction_type", "epsilon"), clip=None if limit else clip, threshold=limit)
