@@ -1,5 +1,6 @@
 """Pretraining a rectified-flow transformer: what it is trained on is what the pipeline later asks of it."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +170,8 @@ def test_a_plain_folder_that_records_and_replays(trained):
 
 def test_a_prompt_means_the_same_in_any_company(trained):
     pipe = load(trained)
+    kept = json.loads((trained / "pipeline" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert (kept["padding_side"], kept["model_max_length"], "is_local" in kept) == ("left", 1024, False)
     alone = pipe.encode_prompt("a red square", do_classifier_free_guidance=False)[0]
     among = pipe.encode_prompt(["a red square", "a dark blue square of red"], do_classifier_free_guidance=False)[0]
     assert torch.allclose(alone[0], among[0], atol=1e-6)
@@ -183,6 +186,8 @@ def test_a_start_lends_its_autoencoder_and_its_words(pictures, trained, tmp_path
     name = Path("vae") / "diffusion_pytorch_model.safetensors"
     one, two = load_file(trained / "pipeline" / name), load_file(tmp_path / "pipeline" / name)
     assert all(torch.equal(one[k], two[k]) for k in one)
+    written = [p.read_text() for p in (tmp_path / "pipeline").rglob("*.json")]
+    assert not any(str(trained) in text for text in written)  # the folder stands alone
 
 
 def test_bad_settings_are_one_sentence(tmp_path):

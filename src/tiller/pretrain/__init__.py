@@ -65,7 +65,7 @@ def build(
     if flow is None:
         model = Denoiser(config.denoiser, *sizes)
     else:
-        words.model_max_length, words.padding_side = LONGEST, "left"
+        tokenizer.pad_left(words, LONGEST)
         model = FlowDenoiser(config.denoiser, flow, config.size, *sizes)
     if config.start is not None:
         start.word_vectors(config.start, model.text)

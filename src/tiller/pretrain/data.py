@@ -31,9 +31,11 @@ class Source(Protocol):
         ...
 
 
-def open_source(data: str, size: int) -> Source:
-    """The source that `PretrainConfig.data` names."""
+def open_source(data: str, size: int | tuple[int, int]) -> Source:
+    """The source that `PretrainConfig.data` names, its pictures at an edge, or at (width, height)."""
     if data == "emoji":
+        if not isinstance(size, int):
+            raise ConfigError(f"scenes are square, and pictures of {size[0]} x {size[1]} are asked for; give a folder")
         return Scenes(size)
     if data.startswith("hub:"):
         return Hub(data.removeprefix("hub:"), size)
@@ -64,7 +66,7 @@ class Scenes:
 class Folder:
     """Image files, each with a caption in a .txt of the same name or in metadata.jsonl (file_name, text)."""
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int | tuple[int, int]) -> None:
         if not folder.is_dir():
             raise ConfigError(f"data is {str(folder)!r}, but there is no such folder; give emoji, a folder or hub:NAME")
         self.size, self.items = size, _captions(folder)
@@ -94,7 +96,7 @@ class Folder:
 class Hub:
     """The train split of a Hugging Face dataset with a column `image` and one of `text` or `caption`."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int | tuple[int, int]) -> None:
         try:
             import datasets
         except ImportError as error:
@@ -115,12 +117,14 @@ class Hub:
         return list(self.rows[self.column])
 
 
-def fit(picture: Image.Image, size: int) -> Image.Image:
-    """The middle square of a picture at size x size, RGB."""
-    edge = min(picture.size)
-    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    box = (left, top, left + edge, top + edge)
-    return picture.convert("RGB").crop(box).resize((size, size), Image.Resampling.LANCZOS)
+def fit(picture: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The middle of a picture at size x size, or at (width, height), RGB."""
+    width, height = (size, size) if isinstance(size, int) else size
+    part = min(picture.width / width, picture.height / height)
+    across, down = round(part * width), round(part * height)
+    left, top = (picture.width - across) // 2, (picture.height - down) // 2
+    box = (left, top, left + across, top + down)
+    return picture.convert("RGB").crop(box).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _captions(folder: Path) -> list[tuple[Path, str]]:

@@ -26,8 +26,10 @@ def export(pipe: DiffusionPipeline, folder: Path) -> None:
 
 def halved(part: Any) -> Any:
     """A copy of a diffusers or transformers model with fp16 weights."""
-    make = getattr(type(part), "from_config", type(part))  # transformers' models take the configuration itself
-    copy = make(part.config)
+    if hasattr(type(part), "from_config"):
+        copy = type(part).from_config({k: v for k, v in part.config.items() if k != "_name_or_path"})
+    else:  # transformers' models take the configuration itself
+        copy = type(part)(part.config)
     copy.load_state_dict(part.state_dict())
     return copy.half()
 

@@ -36,3 +36,11 @@ def build(words: list[str], length: int, folder: Path) -> CLIPTokenizer:
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in pairs)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length, pad_token=END)
+
+
+def pad_left(tokenizer: CLIPTokenizer, length: int) -> None:
+    """Has the tokenizer pad on the left and take up to `length` tokens, also once it is saved and loaded again."""
+    tokenizer.padding_side, tokenizer.model_max_length = "left", length
+    tokenizer.init_kwargs |= {"padding_side": "left", "model_max_length": length}
+    for key in ("is_local", "local_files_only"):  # of how it was loaded; they would be saved
+        tokenizer.init_kwargs.pop(key, None)
