@@ -40,6 +40,7 @@ _HOMES = {
     "DiffusionDPO": "tiller.algorithms",
     "D3PO": "tiller.algorithms",
     "DPOK": "tiller.algorithms",
+    "Lee": "tiller.algorithms",
     "PPO": "tiller.algorithms",
     "Prompt": "tiller.types",
     "Scores": "tiller.types",

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from tiller.algorithms.base import Algorithm, RewardGradient
+from tiller.data import data_frame
 from tiller.kernels import ODE
+from tiller.pairs import Pairs
 from tiller.policy import Policy, Rollout, Step
 from tiller.policy.forward import ForwardProcess
 from tiller.policy.weights import ADAPTER
 from tiller.preflight_live import check_live
+from tiller.pretrain.data import Source
 from tiller.rewards import Reward, score
 from tiller.rewards.check import describe
 from tiller.types import PipelineError, Prompt, RewardError, Scores
@@ -29,14 +32,16 @@ RATIO_TOLERANCE = 1e-4  # |log π_θ - log π_old| before any update, averaged o
 def preflight(
     policy: Policy,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    reward: Reward | None,
     algorithm: Algorithm,
     sampling: Mapping[str, Any],
     seed: int = 0,
+    data: Source | Pairs | None = None,
 ) -> None:
     """Refuse a pipeline, reward or setting with which training could not work.
 
-    What is checked of the pipeline depends on the walk that the algorithm learns from.
+    What is checked of the pipeline depends on the walk that the algorithm learns from, and on whether it gets data.
+    Without a reward, as preference pairs need none, that is not asked.
 
     Raises:
         PipelineError: replay differs from the recording, gradients do not reach the trained weights (or reach others),
@@ -46,20 +51,22 @@ def preflight(
     """
     call = _short(policy, sampling)
     texts = [prompts[0].text] * SAMPLES
-    if isinstance(algorithm, RewardGradient):
+    if isinstance(algorithm, RewardGradient) and reward is not None:
         attempts = [(prompts[0], call), *((prompt, dict(sampling)) for prompt in prompts[:ROUNDS])]
         check_live(policy, reward, algorithm, attempts, seed)
         _check_gradients(policy)
         check_stock(policy, texts[0], seed, call)
         return
     rollout = policy.sample(texts, seed=seed, kernel=algorithm.kernel, **call)
-    varies = not describe(_judged(reward, rollout.images, prompts[0]), texts)
+    varies = reward is None or not describe(_judged(reward, rollout.images, prompts[0]), texts)
     if algorithm.walk == "noised":
         check_noised(policy, rollout)
     else:
         check_replay(policy, rollout)
+    if data is not None:
+        check_noised(policy, *data_frame(policy, data, rollout, seed))
     check_stock(policy, texts[0], seed, call)
-    if not varies:
+    if reward is not None and not varies:
         check_reward(policy, prompts, reward, algorithm, sampling, seed)
 
 
@@ -130,9 +137,9 @@ def check_replay(policy: Policy, rollout: Rollout) -> None:
     _check_gradients(policy)
 
 
-def check_noised(policy: Policy, rollout: Rollout) -> None:
+def check_noised(policy: Policy, rollout: Rollout, path: ForwardProcess | None = None) -> None:
     """At every forward-noised state: a gradient of the model's error for the trained weights."""
-    path = ForwardProcess(rollout, fresh=0)
+    path = path or ForwardProcess(rollout, fresh=0)
     policy.predict(rollout, lambda step: _backward(policy, step, step.distance()), path, range(len(rollout.records)))
     _check_gradients(policy)
 

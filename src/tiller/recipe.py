@@ -31,6 +31,7 @@ ALGORITHMS = Choice(
         "dpo": "tiller.algorithms.dpo:DiffusionDPO",
         "d3po": "tiller.algorithms.d3po:D3PO",
         "dpok": "tiller.algorithms.dpok:DPOK",
+        "lee": "tiller.algorithms.lee:Lee",
         "ppo": "tiller.algorithms.ppo:PPO",
     }
 )
@@ -112,7 +113,8 @@ class Recipe:
     model: Model = field(default_factory=Model)
     prompts: str = "animals"  # a built-in set, a .txt or a .jsonl file
     held_out: str | None = None  # evaluate on the held-out splits of this set, or on this file; None: of `prompts`
-    reward: str = "jpeg_compressibility"  # a built-in, package.module:name, or path/file.py:name
+    reward: str | None = "jpeg_compressibility"  # a built-in, package.module:name, or path/file.py:name; null: `data`
+    data: str | None = None  # captioned pictures (a folder, or emoji), or preference pairs (a .jsonl) with reward: null
     algorithm: Annotated[Chosen, ALGORITHMS] = _DDPO
     kernel: Annotated[Chosen | None, KERNELS] = None  # None is the algorithm's own
     sampling: dict[str, Any] = field(default_factory=dict)  # the pipeline's call arguments, num_inference_steps ...

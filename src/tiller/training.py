@@ -9,8 +9,11 @@ from typing import Any
 from tiller.algorithms.base import Algorithm, RewardGradient
 from tiller.collect import Batch, collect, noise_window
 from tiller.critic import Paths, prompt_vectors
+from tiller.data import Data, check_data, open_data
 from tiller.distributed import World
 from tiller.metrics import Clock, score_metrics
+from tiller.offline import Offline
+from tiller.pairs import Pairs
 from tiller.policy import Policy
 from tiller.preflight import preflight
 from tiller.rewards import Reward
@@ -38,11 +41,12 @@ class Report:
 def train(
     policy: Policy,
     prompts: Sequence[Prompt | str],
-    reward: Reward,
+    reward: Reward | None,
     algorithm: Algorithm,
     config: TrainConfig | None = None,
     *,
     sampling: Mapping[str, Any] | None = None,
+    data: Data | None = None,
     state: TrainState | None = None,
     world: World | None = None,
 ) -> Iterator[Report]:
@@ -50,8 +54,11 @@ def train(
 
     Args:
         prompts: what to draw from; each epoch draws `samples_per_epoch / group_size` of them.
-        reward: `(images, prompts, metadata) -> scores`, one per image; None or NaN means missing.
+        reward: `(images, prompts, metadata) -> scores`, one per image; None or NaN means missing. None in its place
+            where `data` holds preference pairs.
         sampling: the pipeline's own call arguments (num_inference_steps, guidance_scale ...).
+        data: captioned pictures for an algorithm whose loss has a term on them (a folder, or "emoji"), or preference
+            pairs for one that takes them (a .jsonl file, or a saved dataset); see `tiller.data`.
         state: to go on with; by default a new one, after a preflight (`tiller.preflight`) that refuses what cannot
             work.
         world: the processes to share the work with; by default those of the launcher, or this one alone.
@@ -66,14 +73,22 @@ def train(
         raise ConfigError(f"prompts are {prompts!r}; give a list of at least one text.")
     asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
     check(policy, reward, algorithm, config, sampling, world)
+    check_data(algorithm, reward, data)
+    source = open_data(data, policy, algorithm, asked, sampling)
+    offline = Offline(policy, source, algorithm, config, sampling) if isinstance(source, Pairs) else None
     if state is None:
-        preflight(policy, asked, reward, algorithm, sampling, config.seed)
+        preflight(policy, asked, reward, algorithm, sampling, config.seed, source)
         state = TrainState(policy, config, algorithm)
     while state.epoch < config.epochs:
         clock = Clock()
-        batch = collect(policy, asked, reward, algorithm, config, sampling, state, world, clock)
-        metrics = score_metrics(batch.scores, config.group_size) | _fit_critic(batch, config, state, world)
-        metrics |= update(policy, batch, algorithm, config, state, world, reward)
+        if offline is not None:
+            batch, metrics = offline.collect(state, world, clock), {}
+        else:
+            assert reward is not None
+            batch = collect(policy, asked, reward, algorithm, config, sampling, state, world, clock)
+            metrics = score_metrics(batch.scores, config.group_size) | _fit_critic(batch, config, state, world)
+        captioned = None if isinstance(source, Pairs) else source
+        metrics |= update(policy, batch, algorithm, config, state, world, reward, captioned)
         clock.lap("time/update")
         state.end_epoch(batch.history)
         yield _report(batch, metrics | _progress(state), clock.laps, state)
@@ -107,7 +122,7 @@ def _report(batch: Batch, metrics: dict[str, float], timings: dict[str, float], 
 
 def check(
     policy: Policy,
-    reward: Reward,
+    reward: Reward | None,
     algorithm: Algorithm,
     config: TrainConfig,
     sampling: Mapping[str, Any],
@@ -130,7 +145,7 @@ def check(
             f"{name} compares all pictures of one prompt in one batch; make train.batch_size ({config.batch_size}) a "
             f"multiple of train.group_size ({config.group_size})."
         )
-    if isinstance(algorithm, RewardGradient) and not differentiable(reward):
+    if isinstance(algorithm, RewardGradient) and reward is not None and not differentiable(reward):
         raise ConfigError(
             f"{name} differentiates the reward, and {reward_name(reward)} is not differentiable; take one that is "
             "(it says `differentiable = True`), or an algorithm that needs values only, such as ddpo."

@@ -11,9 +11,12 @@ import torch
 
 from tiller.algorithms.base import Algorithm, RewardGradient
 from tiller.collect import Batch
+from tiller.data import add_gradient
 from tiller.distributed import World
 from tiller.metrics import Log
 from tiller.policy import Policy, Rollout, Step
+from tiller.policy.noise import key
+from tiller.pretrain.data import Source
 from tiller.rewards import Reward
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
@@ -54,10 +57,12 @@ def update(
     state: TrainState,
     world: World,
     reward: Reward | None = None,
+    data: Source | None = None,
 ) -> dict[str, float]:
     """Go through an epoch's samples, `inner_epochs` times, with `updates_per_epoch` optimiser steps each time.
 
-    `reward` is for algorithms that differentiate it. Returns means of what the losses had to tell.
+    `reward` is for algorithms that differentiate it, `data` for those whose loss has a term on it. Returns means of
+    what the losses had to tell.
     """
     log = Log()
     walker = Walker(policy, algorithm, state, config.seed, reward)
@@ -75,6 +80,9 @@ def update(
             for chunk in mine:
                 rows = slice(chunk.number * config.batch_size, (chunk.number + 1) * config.batch_size)
                 _accumulate(walker, chunk, batch.advantages[rows], steps, inner, 1 / (known.sum() * len(steps)), log)
+                if data is not None and algorithm.data_weight:
+                    place = (config.seed, state.epoch, inner, int(part))
+                    log.add(_on_data(policy, data, algorithm, chunk, per_update, place))
             world.sum_gradients(state.parameters.values())
             norm = state.step(config)
             if np.isfinite(norm):
@@ -124,6 +132,16 @@ def _accumulate(
         log.add({name: float(number.detach()) for name, number in numbers.items()})
 
     walker.walk(chunk, steps, inner, on_step)
+
+
+def _on_data(
+    policy: Policy, data: Source, algorithm: Algorithm, chunk: Chunk, chunks: int, place: tuple[int, ...]
+) -> dict[str, float]:
+    """Add the term on data: a batch of it for every batch of samples, its steps the same in every process."""
+    random = np.random.default_rng(key("steps on data", *place))
+    steps = algorithm.steps(range(len(chunk.rollout.records)), random)
+    scale = algorithm.data_weight / (chunks * chunk.rollout.batch_size * len(steps))
+    return add_gradient(policy, data, chunk.rollout, steps, scale, *place, chunk.number)
 
 
 def _sick(

@@ -15,6 +15,7 @@ from tiller.algorithms.draft import DRaFT
 from tiller.algorithms.draft_lv import DRaFTLV
 from tiller.algorithms.flow_grpo import FlowGRPO
 from tiller.algorithms.flow_grpo_fast import FlowGRPOFast
+from tiller.algorithms.lee import Lee
 from tiller.algorithms.mix_grpo import MixGRPO
 from tiller.algorithms.nft import NFT
 from tiller.algorithms.ppo import PPO
@@ -43,6 +44,7 @@ __all__ = [
     "DiffusionDPO",
     "FlowGRPO",
     "FlowGRPOFast",
+    "Lee",
     "MixGRPO",
     "RWRSparse",
     "ReFL",

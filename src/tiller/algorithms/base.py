@@ -65,6 +65,7 @@ class Algorithm(ABC):
     whole_groups: ClassVar[bool] = False  # the loss compares a group's members, so a batch must hold whole groups
     shared_noise: ClassVar[bool] = False  # a "noised" walk gives all members of a group the same noise
     shared_start: ClassVar[bool] = False  # all members of a group start from the same initial noise
+    takes_pairs: ClassVar[bool] = False  # given preference pairs as data, it trains on these and draws nothing
     sampled_with: ClassVar[str] = ""  # the copy of the weights that draws the samples; "" is the weights themselves
 
     kernel: Kernel | None = None  # how transitions are drawn; None leaves it to the policy (`Policy.sample`)

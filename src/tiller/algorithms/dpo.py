@@ -1,4 +1,4 @@
-"""Diffusion-DPO (Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization"), online."""
+"""Diffusion-DPO (Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization")."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DiffusionDPO(Algorithm):
-    """The best picture of each group against its worst. The loss asks only for groups and an order within them."""
+    """The best picture of each group against its worst. The loss asks only for groups and an order within them.
+
+    The groups are a prompt's samples in the order of their rewards; or, with preference pairs as data, these pairs.
+    """
 
     beta: float = 100.0
     inner_epochs: int = 1
@@ -32,6 +35,7 @@ class DiffusionDPO(Algorithm):
     min_group: ClassVar[int] = 2
     whole_groups: ClassVar[bool] = True
     shared_noise: ClassVar[bool] = True
+    takes_pairs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.beta > 0, "beta", self.beta, "more than 0")

@@ -92,9 +92,11 @@ def splits(recipe: Recipe) -> dict[str, list[Prompt]]:
 def rewards(recipe: Recipe, folder: Path) -> dict[str, Reward]:
     """The trained reward first, then those that are only reported, by the names the recipe gives them.
 
-    Each must answer in the recipe's time; where one does not, the stacks go into the run's folder.
+    There may be none, where preference pairs are trained on. Each must answer in the recipe's time; where one does not,
+    the stacks go into the run's folder.
     """
-    names = dict.fromkeys((recipe.reward, *recipe.evaluation.rewards))
+    trained = () if recipe.reward is None else (recipe.reward,)
+    names = dict.fromkeys((*trained, *recipe.evaluation.rewards))
     return {name: within(resolve(name), recipe.run.reward_timeout, folder / STACKS) for name in names}
 
 

@@ -17,7 +17,7 @@ class Outcome:
 
     base: Mapping[str, Evaluated]
     tuned: Mapping[str, Evaluated]
-    reward: str  # the one that was trained
+    reward: str | None  # the one that was trained, or the first that is reported
 
     def comparisons(self) -> Iterator[tuple[str, str, Comparison]]:
         """(split, reward, comparison) for every split and reward that both models were scored on."""
@@ -45,7 +45,8 @@ def compare_or_none(base: Any, tuned: Any, prompts: Any) -> Comparison | None:
 def outcome_tables(outcome: Outcome) -> Iterator[Table]:
     """One table per reward, the trained one first, with a line per split."""
     rows = list(outcome.comparisons())
-    for reward in dict.fromkeys([outcome.reward, *(name for _, name, _ in rows)]):
+    first = () if outcome.reward is None else (outcome.reward,)
+    for reward in dict.fromkeys([*first, *(name for _, name, _ in rows)]):
         yield _table(reward, [(split, found) for split, name, found in rows if name == reward])
 
 

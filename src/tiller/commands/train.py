@@ -15,6 +15,7 @@ from PIL import Image
 from tiller import config
 from tiller.commands import building
 from tiller.commands.outcome import Outcome, outcome_tables
+from tiller.data import check_data, open_data
 from tiller.distributed import World
 from tiller.evaluation import Evaluated, draw_pictures, drift, evaluate
 from tiller.policy import Policy
@@ -34,7 +35,9 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     """Train as the recipe says, or go on where the run folder left off; returns the exit code."""
     folder = building.folder(recipe, name)
     prompts, rewards, algorithm = load(recipe.prompts), building.rewards(recipe, folder), building.algorithm(recipe)
-    reward, splits, sampling = rewards[recipe.reward], building.splits(recipe), building.per_picture(recipe.sampling)
+    check_data(algorithm, recipe.reward, recipe.data)
+    reward = None if recipe.reward is None else rewards[recipe.reward]
+    splits, sampling = building.splits(recipe), building.per_picture(recipe.sampling)
     world = World()
     terminal = Terminal(recipe.train.epochs, silent=not world.is_main)
     resolved = config.to_mapping(recipe, complete=True)
@@ -46,16 +49,19 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
         record.trackers = _trackers(recipe, folder, resolved) if world.is_main else []
         state = TrainState(policy, recipe.train, algorithm)
         record.restore(state)
+        data = open_data(recipe.data, policy, algorithm, prompts, sampling)
         if not state.epoch:
-            preflight(policy, prompts, reward, algorithm, sampling, recipe.train.seed)
-        terminal.say(f"{recipe.model.name} towards {recipe.reward}, in {folder}, from epoch {state.epoch}")
+            preflight(policy, prompts, reward, algorithm, sampling, recipe.train.seed, data)
+        terminal.say(
+            f"{recipe.model.name} towards {recipe.reward or recipe.data}, in {folder}, from epoch {state.epoch}"
+        )
         with Interrupts(record.save_last) as interrupts:
             shown = Shown(policy, recipe, prompts, record, world)
             base = _base_scores(policy, recipe, splits, rewards, folder, state)
             shown.pictures(state)
             pace = Pace(state.epoch, recipe.train.epochs)
             reports = train(
-                policy, prompts, reward, algorithm, recipe.train, sampling=sampling, state=state, world=world
+                policy, prompts, reward, algorithm, recipe.train, sampling=sampling, data=data, state=state, world=world
             )
             for report in interrupts.over(sick.watch(reports, folder, resolved, world)):
                 report.metrics.update(_evaluated(policy, recipe, splits, rewards, state, world))
@@ -70,7 +76,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
                 if world.is_main:
                     policy.save(folder / "model")
             if world.is_main:
-                _conclude(folder, Outcome(base, tuned, recipe.reward), moved, terminal)
+                _conclude(folder, Outcome(base, tuned, recipe.reward or next(iter(rewards), None)), moved, terminal)
             record.finish()
     return 0
 
@@ -200,7 +206,7 @@ def _conclude(folder: Path, outcome: Outcome, moved: Mapping[str, float], termin
     write_scores(folder / "evaluation" / "tuned.json", outcome.tuned)
     (folder / "evaluation" / "drift.json").write_text(json.dumps(moved))
     (folder / "evaluation" / "comparison.json").write_text(json.dumps(outcome.to_data(), indent=1))
-    _write_curve(folder, outcome.reward)
+    _write_curve(folder, outcome.reward or "")
     for table in outcome_tables(outcome):
         terminal.say(table)
     if moved:
@@ -208,7 +214,9 @@ def _conclude(folder: Path, outcome: Outcome, moved: Mapping[str, float], termin
             f"distance from the base model: KL {moved['kl_to_base']:.1f} nats per picture; diversity within a prompt "
             f"{moved['diversity_base']:.3f} → {moved['diversity_tuned']:.3f}"
         )
-    terminal.say(f"pictures: {folder / 'before_after.png'}, curve: {folder / 'reward.png'}, model: {folder / 'model'}")
+    shown = {"pictures": "before_after.png", "curve": "reward.png", "model": "model"}
+    made = (f"{what}: {folder / name}" for what, name in shown.items() if (folder / name).exists())
+    terminal.say(", ".join(made))
 
 
 def _write_curve(folder: Path, reward: str) -> None:
@@ -235,9 +243,11 @@ def _line(report: Report, pace: Pace) -> str:
     """An epoch on one line: how far, the reward, the time left."""
     numbers = report.metrics
     per_epoch, left = pace.at(report.epoch)
-    missing = f"  missing {numbers['reward/missing']:.0f}" if numbers["reward/missing"] else ""
-    reward = f"{numbers['reward/mean']:.4f} ± {numbers['reward/std']:.4f}" if "reward/mean" in numbers else "missing"
+    missing = f"  missing {numbers['reward/missing']:.0f}" if numbers.get("reward/missing") else ""
+    reward = f"reward {numbers['reward/mean']:.4f} ± {numbers['reward/std']:.4f}" if "reward/mean" in numbers else ""
+    if not reward:  # all are missing; or there are none to have, where pairs are trained on
+        reward = "reward missing" if missing else f"loss {numbers.get('policy/loss', float('nan')):.4f}"
     return (
-        f"epoch {report.epoch:>4}/{pace.last}  reward {reward}{missing}  "
+        f"epoch {report.epoch:>4}/{pace.last}  {reward}{missing}  "
         f"grad {numbers.get('optim/grad_norm', float('nan')):.3f}  {per_epoch:.1f} s/epoch, {left:.1f} min left"
     )

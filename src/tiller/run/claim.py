@@ -17,7 +17,7 @@ METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 STACKS = "stacks.txt"
 BEGINNING = {CONFIG, IDENTITY, ENVIRONMENT, STACKS}  # what a run writes before there is anything to lose
 VIEWS = {"tensorboard", "wandb"}  # trackers' folders: made before the first update, and never read
-SETTING = {"model": "model.name", "prompts": "prompts", "reward": "reward"}
+SETTING = {"model": "model.name", "prompts": "prompts", "data": "data", "reward": "reward"}
 
 
 def claim(folder: Path, recipe: Mapping[str, Any], saved: bool, resume: bool) -> None:

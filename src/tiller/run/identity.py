@@ -40,8 +40,9 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def files(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of every file that decides what is learned: prompts, and a reward's source."""
-    paths = {"prompts": str(recipe.get("prompts", "")), "reward": str(recipe.get("reward", "")).rpartition(":")[0]}
+    """The hash of every file that decides what is learned: prompts, preference pairs, and a reward's source."""
+    paths = {name: str(recipe.get(name) or "") for name in ("prompts", "data", "reward")}
+    paths["reward"] = paths["reward"].rpartition(":")[0]
     return {name: sha256(Path(path)) for name, path in paths.items() if Path(path).suffix and Path(path).is_file()}
 
 
