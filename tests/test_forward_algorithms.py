@@ -47,9 +47,14 @@ def sampled(policy: Policy, algorithm: Algorithm, sampling: dict[str, Any] | Non
     return collect(policy, PROMPTS, reward, algorithm, config(), sampling or {}, state, World(), Clock())
 
 
-def updated(policy: Policy, batch: Batch, algorithm: Algorithm) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The gradient of an epoch's one update, and its metrics; no weight moves."""
+def updated(
+    policy: Policy, batch: Batch, algorithm: Algorithm, moved: float = 0.0
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The gradient of an epoch's one update, and its metrics; the weights are `moved` away from all of their copies."""
     state, found = TrainState(policy, config(), algorithm), []
+    with torch.no_grad():
+        for parameter in state.parameters.values():
+            parameter += moved
 
     def look(settings: TrainConfig) -> float:
         found.append({name: p.grad.clone() for name, p in state.parameters.items() if p.grad is not None})
@@ -57,8 +62,10 @@ def updated(policy: Policy, batch: Batch, algorithm: Algorithm) -> tuple[dict[st
 
     state.step = look  # type: ignore[method-assign]
     metrics = update(policy, batch, algorithm, config(), state, World())
-    for parameter in state.parameters.values():
-        parameter.grad = None
+    with torch.no_grad():
+        for parameter in state.parameters.values():
+            parameter.grad = None
+            parameter -= moved
     return found[0], metrics
 
 
@@ -296,7 +303,7 @@ def test_a_sample_without_a_score_changes_nobody_elses_loss(kind: Any) -> None:
     algorithm = kind(**PLAIN)
     batch = sampled(policy, algorithm)
     batch.advantages[:] = [np.nan, 1.0, -0.4, -0.6] * 2
-    expected, _ = updated(policy, batch, algorithm)
+    expected, _ = updated(policy, batch, algorithm, moved=0.05)
     for chunk in batch.chunks:  # whatever its picture is
         last = chunk.rollout.records[-1]
         changed = last.action.clone()
@@ -307,7 +314,7 @@ def test_a_sample_without_a_score_changes_nobody_elses_loss(kind: Any) -> None:
                 rollout=replace(chunk.rollout, records=(*chunk.rollout.records[:-1], replace(last, action=changed))),
             )
         )
-    assert_close(updated(policy, replace(batch, chunks=found), algorithm)[0], expected)
+    assert_close(updated(policy, replace(batch, chunks=found), algorithm, moved=0.05)[0], expected)
 
 
 @pytest.mark.parametrize("kind", [DiffusionDPO, D3PO])
@@ -362,7 +369,7 @@ def test_nft_samples_from_the_copy_that_follows_once_per_epoch() -> None:
     policy = Policy(toy(), lora_rank=None)
     algorithm = NFT(decay_slope=0.25, decay_most=0.5)
     expected = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    settings = config(epochs=4, learning_rate=1e-2)
+    settings = config(epochs=4, learning_rate=1e-2, updates_per_epoch=2)
     for report, decay in zip(train(policy, PROMPTS, brightness, algorithm, settings), (0, 0.25, 0.5, 0.5), strict=True):
         for name, p in policy.parameters.items():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
