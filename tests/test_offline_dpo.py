@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import tiny
 from test_data_terms import with_vae
 from tiller import Policy
 from tiller.algorithms import DiffusionDPO
+from tiller.cli import main
 from tiller.distributed import World
 from tiller.metrics import Clock
 from tiller.offline import Offline
@@ -261,3 +263,60 @@ def test_pairs_and_a_reward_exclude_each_other(file: Path) -> None:
         next(train(policy, ["a"], None, DiffusionDPO(), config()))
     with pytest.raises(ConfigError, match=r"a group of two pictures, and train\.group_size is 4"):
         next(train(policy, ["a"], None, DiffusionDPO(), config(group_size=4), data=open_pairs(file, 4), sampling=STEPS))
+
+
+# ---- from a recipe ----
+
+RECIPE = """
+model: {{name: {model}, lora_rank: 4, target_modules: null, mixed_precision: "no", device: cpu}}
+prompts: {prompts}
+sampling: {{num_inference_steps: 3, height: 16, width: 16}}
+train: {{epochs: 2, samples_per_epoch: 8, group_size: 2, batch_size: 4, learning_rate: 1.0e-3}}
+evaluation: {{samples_per_prompt: 1}}
+run: {{output_dir: {output}, checkpoint_every: 1, sample_prompts: 2}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    tiny.tiny_sd().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    text = RECIPE.format(model=tmp_path / "model", prompts=tmp_path / "prompts.txt", output=tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(text)
+    return str(tmp_path / "recipe.yaml")
+
+
+def epochs(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_recipe_with_pairs_runs_and_goes_on(recipe: str, file: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["train", recipe, "algorithm.name=dpo", f"data={file}", "reward=null"]
+    assert main(words) == 0
+    found = epochs(tmp_path / "run")
+    assert [line["epoch"] for line in found] == [1, 2]
+    assert found[0]["policy/loss"] == pytest.approx(np.log(2), abs=1e-6)
+    said = capsys.readouterr()
+    assert "model: " in said.out + said.err
+    assert "curve" not in said.out + said.err  # there is no reward to draw one of
+    assert main([*words, "train.epochs=3", "--resume"]) == 0
+    assert [line["epoch"] for line in epochs(tmp_path / "run")] == [1, 2, 3]
+    file.write_text(file.read_text().replace("shade", "tone"))
+    assert main([*words, "train.epochs=4", "--resume"]) == 2
+    assert "was begun with another data" in capsys.readouterr().err
+
+
+def test_a_recipe_with_captioned_pictures_has_a_term_on_them(recipe: str, tmp_path: Path) -> None:
+    assert (
+        main(["train", recipe, "algorithm.name=ppo", "algorithm.data_weight=0.5", "data=emoji", "train.epochs=1"]) == 0
+    )
+    (line,) = epochs(tmp_path / "run")
+    assert line["data/denoising_error"] > 0
+    assert line["value/loss"] > 0
+
+
+def test_pairs_with_a_reward_are_refused_before_the_model_is_loaded(recipe: str, file: Path, capsys: Any) -> None:
+    assert main(["train", recipe, "algorithm.name=dpo", f"data={file}", "model.name=/nowhere"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "set reward to null" in error
+    assert len(error.splitlines()) == 1
