@@ -16,6 +16,7 @@ from tiller.policy import Policy, seam
 from tiller.policy.bridge import Gates
 from tiller.policy.carried import cut, moment
 from tiller.policy.taint import Taint, mark, marked
+from tiller.types import PipelineError
 
 
 class Guided(diffusers.DiffusionPipeline):
@@ -179,3 +180,29 @@ def test_caches_are_cut_however_deep_they_lie() -> None:
     cache = Deep(torch.ones(2, requires_grad=True) * 2)
     cut(({"cache": cache},))
     assert not cache.layers[0]["inner"][0][0].tensor.requires_grad
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_noise_in_a_part_of_the_latents_is_no_density(eta: float) -> None:
+    unet = parts.seeded(
+        diffusers.UNet2DModel,
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    policy = Policy(diffusers.RePaintPipeline(unet, diffusers.RePaintScheduler()), lora_rank=None)
+    picture = tiny.picture(8)
+    call = {"image": picture, "mask_image": (picture[:, :1] > 0.5).float(), "num_inference_steps": 3, "eta": eta}
+    call |= {"jump_length": 1, "jump_n_sample": 1, "generator": torch.Generator().manual_seed(0)}
+    if eta == 0:
+        with pytest.raises(PipelineError, match=r"RePaintScheduler adds noise to a part of the latents only.*eta=1\.0"):
+            policy.sample(**call)
+    else:
+        rollout = policy.sample(**call)
+        policy.replay(
+            rollout, lambda step: torch.testing.assert_close(step.log_prob, step.old_log_prob, rtol=0, atol=0)
+        )
+        assert rollout.steps

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tiller.kernels import Kernel
 from tiller.policy import calling, memo, noise, seam, upkeep, weights
 from tiller.policy.forward import ForwardProcess
-from tiller.policy.recorder import Finished, Recorder, Replayer
+from tiller.policy.recorder import Recorder
+from tiller.policy.replayer import Finished, Replayer
 from tiller.policy.rollout import Rollout, Step
 from tiller.policy.unroll import Unroller
 from tiller.types import PipelineError

@@ -107,6 +107,11 @@ def meet(call: StepCall, asked: Kernel | None) -> Kernel:
             "example DDIMScheduler or FlowMatchEulerDiscreteScheduler."
         )
     if not own.has_density:
+        if bool((torch.as_tensor(own.std) > 0).any()):
+            raise PipelineError(
+                f"{name} adds noise to a part of the latents only, so its steps have no density; call the pipeline "
+                "with eta=1.0, which adds noise everywhere."
+            )
         moved = own.mean != call.sample  # conditioning frames may stand still
         ours = _gaussian(DDIM(eta=0.0), stage, call.output, call.sample).mean
         error = float(((ours - own.mean) * moved).abs().max())
