@@ -17,6 +17,7 @@ from torch import nn
 import tiny
 import tiny_more
 import tiny_rare
+import tiny_video
 from tiller.kernels import CPS, DDIM, ODE, FlowSDE
 from tiller.policy import Policy, seam
 
@@ -64,11 +65,11 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
     ),
     "qwen_image": (tiny_more.tiny_qwen_image, {**LARGE, "negative_prompt": "dog", "true_cfg_scale": 2.0}),
     "z_image": (tiny_more.tiny_z_image, {**LARGE, "guidance_scale": 3.0, "max_sequence_length": 16}),
-    "wan": (tiny_more.tiny_wan, VIDEO),
-    "wan_two": (tiny_more.tiny_wan_two, {**VIDEO, "num_inference_steps": 4}),
-    "skyreels": (tiny_more.tiny_skyreels, {**VIDEO, "num_inference_steps": 2, **EMBEDDED}),
-    "ltx": (tiny_more.tiny_ltx, {**VIDEO, "height": 32, "width": 32, "num_frames": 9}),
-    "animatediff": (tiny_more.tiny_animatediff, {**TEXT, "num_frames": 2}),
+    "wan": (tiny_video.tiny_wan, VIDEO),
+    "wan_two": (tiny_video.tiny_wan_two, {**VIDEO, "num_inference_steps": 4}),
+    "skyreels": (tiny_video.tiny_skyreels, {**VIDEO, "num_inference_steps": 2, **EMBEDDED}),
+    "ltx": (tiny_video.tiny_ltx, {**VIDEO, "height": 32, "width": 32, "num_frames": 9}),
+    "animatediff": (tiny_video.tiny_animatediff, {**TEXT, "num_frames": 2}),
     "stable_audio": (tiny_more.tiny_stable_audio, {"prompt": "a hammer", "num_inference_steps": 3}),
     "kandinsky": (
         tiny_more.tiny_kandinsky,

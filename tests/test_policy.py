@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-import tiny_more
+import tiny_video
 from tiller.kernels import CPS, DDIM, DDPM, ODE, DanceSDE, FlowSDE, Kernel, Stock
 from tiller.policy import Policy
 from tiller.types import PipelineError
@@ -154,7 +154,7 @@ def test_gradients_of_steps_add_up() -> None:
 
 
 def test_steps_on_one_denoiser_call_share_its_graph() -> None:
-    policy = Policy(tiny_more.tiny_skyreels(), lora_rank=None)
+    policy = Policy(tiny_video.tiny_skyreels(), lora_rank=None)
     embeddings = {"prompt_embeds": torch.ones(1, 16, 32), "negative_prompt_embeds": torch.zeros(1, 16, 32)}
     call = {**CALL, "num_inference_steps": 2, "num_frames": 5, "output_type": "latent", **embeddings}
     rollout = policy.sample(None, **call)

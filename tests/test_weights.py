@@ -10,6 +10,7 @@ import torch
 
 import tiny
 import tiny_more
+import tiny_video
 from tiller.policy import Policy, weights
 from tiller.types import PipelineError
 
@@ -18,8 +19,8 @@ EXPECTED: list[tuple[Callable[[], Any], set[str]]] = [
     (tiny.tiny_sd_controlnet, {"unet"}),
     (tiny.tiny_sdxl, {"unet"}),
     (tiny.tiny_flux, {"transformer"}),
-    (tiny_more.tiny_animatediff, {"unet"}),  # the motion adapter is inside the U-Net by then
-    (tiny_more.tiny_wan_two, {"transformer", "transformer_2"}),
+    (tiny_video.tiny_animatediff, {"unet"}),  # the motion adapter is inside the U-Net by then
+    (tiny_video.tiny_wan_two, {"transformer", "transformer_2"}),
     (tiny_more.tiny_kandinsky, {"unet", "prior_prior"}),
     (tiny_more.tiny_stable_audio, {"transformer"}),  # its projection model is none
 ]

@@ -82,6 +82,11 @@ def t5(hidden: int = 32) -> Any:
     return seeded(transformers.T5EncoderModel, config)
 
 
+def t5_pair() -> dict[str, Any]:
+    """A T5 encoder and its tokenizer, as a pipeline names them."""
+    return {"text_encoder": t5(), "tokenizer": t5_tokenizer()}
+
+
 def kl(latent_channels: int = 4, **settings: Any) -> Any:
     """A KL autoencoder that halves the picture once."""
     return seeded(
