@@ -21,6 +21,9 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what suits a denoiser of 600 weights 
     "dance_grpo": {"clip_range": 1e-2},
     "mix_grpo": {"clip_range": 1e-2, "window_size": 2, "window_every": 2, "inner_epochs": 2},
     "refl": {"target": 300.0, "coefficient": 1.0},  # above any brightness
+    "dpok": {"clip_range": 1e-2, "inner_epochs": 2, "timestep_fraction": 1.0},
+    "ppo": {"clip_range": 1e-2},
+    "lee": {"data_weight": 0.0, "inner_epochs": 4},  # own pictures only
     "awm": {"first_timestep": 0, "timestep_fraction": 1.0},  # of four steps, the first counts most
 }
 RUN = TrainConfig(epochs=20, samples_per_epoch=32, group_size=16, batch_size=32, learning_rate=0.02)
