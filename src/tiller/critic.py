@@ -220,12 +220,11 @@ def prompt_vectors(rollout: Rollout) -> Tensor:
     It is the first floating-point tensor with B rows that the pipeline's text encoding returned, averaged over tokens.
     Where there is none, it is standard normal noise, a function of the text alone.
     """
-    size = rollout.batch_size
+    size, device = rollout.batch_size, rollout.records[0].sample.device
     for output, _ in rollout.embeddings.values():
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim and len(leaf) == size:
                 width = leaf.shape[-1] if leaf.ndim > 1 else 1
-                return leaf.detach().float().reshape(size, -1, width).mean(1)
-    device = rollout.records[0].sample.device
+                return leaf.detach().to(device).float().reshape(size, -1, width).mean(1)
     sources = [torch.Generator("cpu").manual_seed(key("prompt", text)) for text in rollout.prompts]
     return torch.stack([torch.randn(WIDTH_OF_TEXT, generator=source) for source in sources]).to(device)
