@@ -31,11 +31,10 @@ class AlignProp(RewardGradient):
     kernel: Kernel | None = ODE()
 
     def __post_init__(self) -> None:
-        require(self.truncation in ("uniform", "normal"), "truncation", repr(self.truncation), "uniform or normal")
+        super().__post_init__()
+        require(self.truncation in ("uniform", "normal"), "truncation", self.truncation, "uniform or normal")
         require(0 <= self.mean <= 1, "mean", self.mean, "between 0 and 1, a share of the steps")
         require(self.std >= 0, "std", self.std, "0 or more, a share of the steps")
-        require(self.coefficient > 0, "coefficient", self.coefficient, "more than 0")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
 
     def passes(self, steps: int, random: np.random.Generator) -> list[Pass]:
         if self.truncation == "uniform":

@@ -44,12 +44,11 @@ class AWM(Algorithm):
     min_group: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("power", "advantage_clip", "advantage_max"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
         for name in ("clip_range", "ema_coefficient", "kl_coefficient", "first_timestep"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.train_timesteps >= 1, "train_timesteps", self.train_timesteps, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
         most = "at least 1" if self.off_policy else "1, or off_policy true"
         require(
             self.inner_epochs >= 1 and (self.off_policy or self.inner_epochs == 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History
+from tiller.algorithms.kl import ESTIMATORS
 from tiller.critic import CriticSettings
 from tiller.kernels import Kernel
 from tiller.schedules import Decay
@@ -23,24 +24,24 @@ if TYPE_CHECKING:
 def require(holds: bool, name: str, value: object, rule: str) -> None:
     """A setting's rule; `ConfigError` where it is broken."""
     if not holds:
-        raise ConfigError(f"{name} is {value}; it must be {rule}.")
+        raise ConfigError(f"{name} is {value!r}; it must be {rule}.")
 
 
-def check_statistics(advantage_clip: float, buffer_size: int, min_count: int, timestep_fraction: float) -> None:
-    """The rules of the settings that DDPO's two estimators share."""
-    require(advantage_clip > 0, "advantage_clip", advantage_clip, "more than 0")
-    require(buffer_size >= 1, "buffer_size", buffer_size, "at least 1")
-    require(min_count <= buffer_size, "min_count", min_count, f"no more than buffer_size ({buffer_size})")
-    require(0 < timestep_fraction <= 1, "timestep_fraction", timestep_fraction, "more than 0 and at most 1")
-
-
-def require_density(kernel: Kernel | None, name: str) -> None:
-    """A method that divides two likelihoods needs transitions that have one."""
-    if kernel is not None and kernel.deterministic:
-        raise ConfigError(
-            f"{name} needs log-probabilities, and {kernel} has none; take a kernel with noise (ddim, flow_sde), or an "
-            "algorithm that needs none (nft, awm)."
-        )
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "inner_epochs": (lambda value: value >= 1, "at least 1"),
+    "timestep_fraction": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "advantage_clip": (lambda value: value > 0, "more than 0"),
+    "clip_range": (lambda value: value is None or value >= 0, "0 or more"),
+    "trust_region": (lambda value: value in ("clip", "guard", "dppo"), "clip, guard or dppo"),
+    "kl_coefficient": (lambda value: value >= 0, "0 or more"),
+    "kl_estimator": (lambda value: value in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}"),
+    "buffer_size": (lambda value: value >= 1, "at least 1"),
+    "window_size": (lambda value: value >= 1, "at least 1"),
+    "train_timesteps": (lambda value: value >= 1, "at least 1"),
+    "data_weight": (lambda value: value >= 0, "0 or more"),
+    "coefficient": (lambda value: value > 0, "more than 0"),
+}
+"""What settings that several algorithms have must be, by name: a name means the same in all of them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,16 @@ class Algorithm(ABC):
     timestep_fraction: float = 1.0  # the share of the trainable steps that is trained, drawn anew for every update
     critic: CriticSettings | None = None  # the value network whose word the loss reads in `step.value`
     data_weight: float = 0.0  # of the denoising loss on captioned data, added to every update
+
+    def __post_init__(self) -> None:
+        for name, (holds, rule) in RULES.items():
+            if hasattr(self, name):
+                require(holds(getattr(self, name)), name, getattr(self, name), rule)
+        if self.walk == "recorded" and self.kernel is not None and self.kernel.deterministic:
+            raise ConfigError(
+                f"{type(self).__name__} needs log-probabilities, and {self.kernel} has none; take a kernel with noise "
+                "(ddim, flow_sde), or an algorithm that needs none (nft, awm)."
+            )
 
     @property
     def keeps_means(self) -> bool:

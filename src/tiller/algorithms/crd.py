@@ -44,15 +44,12 @@ class CRD(Algorithm):
     sampled_with: ClassVar[str] = "sampling"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.beta > 0, "beta", self.beta, "more than 0")
         require(
             self.temperature is None or self.temperature > 0, "temperature", self.temperature, "more than 0, or null"
         )
-        require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "0 or more")
         require(0 <= self.kl_floor <= 1, "kl_floor", self.kl_floor, "between 0 and 1")
-        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "more than 0")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
 
     @property
     def needs(self) -> tuple[str, ...]:

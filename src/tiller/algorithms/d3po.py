@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiller import matching
 from tiller.advantages import History
-from tiller.algorithms.base import Algorithm, require, require_density
+from tiller.algorithms.base import Algorithm, require
 from tiller.algorithms.pairs import preferences
 from tiller.kernels import Gaussian, Kernel, log_prob
 from tiller.types import Scores
@@ -33,11 +33,9 @@ class D3PO(Algorithm):
     whole_groups: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.beta > 0, "beta", self.beta, "more than 0")
         require(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
-        require_density(self.kernel, "D3PO")
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History, group_relative
-from tiller.algorithms.base import Algorithm, require, require_density
+from tiller.algorithms.base import Algorithm
 from tiller.algorithms.grpo import GroupLoss, TrustRegion
 from tiller.kernels import DanceSDE, Kernel
 from tiller.types import Scores
@@ -32,13 +32,6 @@ class DanceGRPO(Algorithm):
     kernel: Kernel | None = DanceSDE(0.3)
     min_group: ClassVar[int] = 2
     shared_start: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        require_density(self.kernel, "DanceGRPO")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
-        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "more than 0")
-        _ = self._loss
 
     @property
     def keeps_means(self) -> bool:

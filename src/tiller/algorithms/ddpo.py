@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiller import losses
 from tiller.advantages import History, per_prompt
-from tiller.algorithms.base import Algorithm, check_statistics, require, require_density
+from tiller.algorithms.base import Algorithm, require
 from tiller.kernels import Kernel
 from tiller.types import Scores
 
@@ -35,10 +35,9 @@ class DDPO(Algorithm):
     kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
-        require(self.clip_range >= 0, "clip_range", self.clip_range, "0 or more")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require_density(self.kernel, "DDPO")
-        check_statistics(self.advantage_clip, self.buffer_size, self.min_count, self.timestep_fraction)
+        super().__post_init__()
+        most = f"no more than buffer_size ({self.buffer_size})"
+        require(self.min_count <= self.buffer_size, "min_count", self.min_count, most)
 
     def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
         standardised = per_prompt(scores.values, prompts, history, self.buffer_size, self.min_count)

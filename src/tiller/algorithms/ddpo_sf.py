@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiller import losses
 from tiller.advantages import History, per_prompt
-from tiller.algorithms.base import Algorithm, check_statistics, require_density
+from tiller.algorithms.base import Algorithm, require
 from tiller.kernels import Kernel
 from tiller.types import Scores
 
@@ -31,8 +31,9 @@ class DDPOSF(Algorithm):
     on_policy: ClassVar[bool] = True  # the estimator is unbiased on the policy's own samples only
 
     def __post_init__(self) -> None:
-        require_density(self.kernel, "DDPO_SF")
-        check_statistics(self.advantage_clip, self.buffer_size, self.min_count, self.timestep_fraction)
+        super().__post_init__()
+        most = f"no more than buffer_size ({self.buffer_size})"
+        require(self.min_count <= self.buffer_size, "min_count", self.min_count, most)
 
     def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
         standardised = per_prompt(scores.values, prompts, history, self.buffer_size, self.min_count)

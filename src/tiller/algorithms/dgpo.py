@@ -43,13 +43,9 @@ class DGPO(Algorithm):
     shared_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.beta >= 0, "beta", self.beta, "0 or more")
         require(self.clip_range is None or self.clip_range > 0, "clip_range", self.clip_range, "more than 0, or null")
-        require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "0 or more")
-        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "more than 0")
-        require(self.train_timesteps >= 1, "train_timesteps", self.train_timesteps, "at least 1")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
         ramp(self.ema_slope, self.ema_most)
 
     @property

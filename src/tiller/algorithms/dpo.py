@@ -38,9 +38,8 @@ class DiffusionDPO(Algorithm):
     takes_pairs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.beta > 0, "beta", self.beta, "more than 0")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -24,8 +24,8 @@ class DRaFT(RewardGradient):
     kernel: Kernel | None = ODE()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.last_steps is None or self.last_steps >= 1, "last_steps", self.last_steps, "at least 1, or null")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
 
     def passes(self, steps: int, random: np.random.Generator) -> list[Pass]:
         return [Pass(0 if self.last_steps is None else max(0, steps - self.last_steps))]

@@ -25,8 +25,8 @@ class DRaFTLV(RewardGradient):
     kernel: Kernel | None = ODE()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.noised >= 0, "noised", self.noised, "0 or more")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
 
     def passes(self, steps: int, random: np.random.Generator) -> list[Pass]:
         if self.noised and steps < 2:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History, group_relative
-from tiller.algorithms.base import Algorithm, require, require_density
+from tiller.algorithms.base import Algorithm
 from tiller.algorithms.grpo import GroupLoss, TrustRegion
 from tiller.algorithms.kl import Estimator
 from tiller.kernels import Kernel
@@ -38,13 +38,6 @@ class FlowGRPO(Algorithm):
     timestep_fraction: float = 1.0
     kernel: Kernel | None = None
     min_group: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        require_density(self.kernel, "Flow-GRPO")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
-        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "more than 0")
-        _ = self._loss
 
     @property
     def needs(self) -> tuple[str, ...]:

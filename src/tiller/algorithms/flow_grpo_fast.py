@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History, group_relative
-from tiller.algorithms.base import Algorithm, require, require_density
+from tiller.algorithms.base import Algorithm
 from tiller.algorithms.grpo import GroupLoss, TrustRegion
 from tiller.algorithms.kl import Estimator
 from tiller.kernels import Kernel
@@ -41,13 +41,6 @@ class FlowGRPOFast(Algorithm):
     kernel: Kernel | None = None
     min_group: ClassVar[int] = 2
     shared_start: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        require_density(self.kernel, "Flow-GRPO-Fast")
-        require(self.window_size >= 1, "window_size", self.window_size, "at least 1")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "more than 0")
-        _ = self._loss
 
     @property
     def needs(self) -> tuple[str, ...]:

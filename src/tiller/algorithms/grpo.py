@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from tiller import losses
-from tiller.algorithms.base import require
-from tiller.algorithms.kl import Estimator, check_kl, divergence
+from tiller.algorithms.kl import Estimator, divergence
 
 if TYPE_CHECKING:
     from tiller.policy.rollout import Step
@@ -30,17 +29,10 @@ class GroupLoss:
     kl_coefficient: float = 0.0
     kl_estimator: Estimator = "gaussian"
 
-    def __post_init__(self) -> None:
-        require(self.clip_range >= 0, "clip_range", self.clip_range, "0 or more")
-        require(
-            self.trust_region in ("clip", "guard", "dppo"), "trust_region", self.trust_region, "clip, guard or dppo"
-        )
-        check_kl(self.kl_coefficient, self.kl_estimator)
-
     def __call__(self, step: Step, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert step.old_log_prob is not None
         new, old = step.log_prob, step.old_log_prob
-        numbers = {"policy/approximate_kl": losses.approximate_kl(new, old)}
+        numbers = {"policy/approx_kl": losses.approximate_kl(new, old)}
         if self.trust_region == "dppo":
             moved = losses.gaussian_kl(_shift(step), step.std)
             loss = losses.divergence_masked((new - old).exp(), advantages, moved, self.clip_range)

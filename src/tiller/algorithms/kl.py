@@ -20,14 +20,6 @@ Estimator = Literal["gaussian", "flow_grpo", "unscaled", "prediction"]
 ESTIMATORS = ("gaussian", "flow_grpo", "unscaled", "prediction")
 
 
-def check_kl(coefficient: float, estimator: str) -> None:
-    """The rules of the two settings; `ConfigError` where they are broken."""
-    if coefficient < 0:
-        raise ConfigError(f"kl_coefficient is {coefficient}; it must be 0 or more.")
-    if estimator not in ESTIMATORS:
-        raise ConfigError(f"kl_estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}.")
-
-
 def divergence(step: Step, estimator: Estimator, name: str = "reference") -> Tensor:
     """(B,) the divergence of a recorded step from another copy of the weights, averaged over elements, with its graph.
 

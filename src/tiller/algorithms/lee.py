@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History
-from tiller.algorithms.base import Algorithm, require
+from tiller.algorithms.base import Algorithm
 from tiller.kernels import ODE, Kernel
 from tiller.types import ConfigError, Scores
 
@@ -30,11 +30,6 @@ class Lee(Algorithm):
     timestep_fraction: float = 1.0
     kernel: Kernel | None = ODE()
     walk: ClassVar[Literal["recorded", "noised", "live"]] = "noised"
-
-    def __post_init__(self) -> None:
-        require(self.data_weight >= 0, "data_weight", self.data_weight, "0 or more")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
 
     def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
         """(N,) the rewards, which are the weights.

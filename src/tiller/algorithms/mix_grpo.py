@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History, group_relative
-from tiller.algorithms.base import Algorithm, require, require_density
+from tiller.algorithms.base import Algorithm
 from tiller.algorithms.grpo import GroupLoss, TrustRegion
 from tiller.kernels import Kernel
 from tiller.schedules import moving_window
@@ -34,12 +34,6 @@ class MixGRPO(Algorithm):
     inner_epochs: int = 1
     kernel: Kernel | None = None
     min_group: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        require_density(self.kernel, "MixGRPO")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "more than 0")
-        _ = self._loss
 
     @property
     def keeps_means(self) -> bool:

@@ -43,11 +43,8 @@ class NFT(Algorithm):
     sampled_with: ClassVar[str] = "old"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.beta > 0, "beta", self.beta, "more than 0")
-        require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "0 or more")
-        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "more than 0")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
         ramp(self.decay_slope, self.decay_most, self.decay_start)
 
     @property

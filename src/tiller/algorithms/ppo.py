@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tiller import losses
 from tiller.advantages import History
-from tiller.algorithms.base import Algorithm, require, require_density
-from tiller.algorithms.kl import Estimator, check_kl, divergence
+from tiller.algorithms.base import Algorithm
+from tiller.algorithms.kl import Estimator, divergence
 from tiller.critic import DPOK_VALUE, CriticSettings
 from tiller.kernels import Kernel
 from tiller.types import Scores
@@ -39,15 +39,6 @@ class PPO(Algorithm):
     inner_epochs: int = 1
     timestep_fraction: float = 1.0
     kernel: Kernel | None = None
-
-    def __post_init__(self) -> None:
-        require(self.clip_range >= 0, "clip_range", self.clip_range, "0 or more")
-        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "more than 0")
-        require(self.data_weight >= 0, "data_weight", self.data_weight, "0 or more")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
-        check_kl(self.kl_coefficient, self.kl_estimator)
-        require_density(self.kernel, "PPO")
 
     @property
     def needs(self) -> tuple[str, ...]:

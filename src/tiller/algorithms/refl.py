@@ -29,9 +29,8 @@ class ReFL(RewardGradient):
     kernel: Kernel | None = DDIM(1.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.earliest < 1, "earliest", self.earliest, "at least 0 and less than 1, a share of the steps")
-        require(self.coefficient > 0, "coefficient", self.coefficient, "more than 0")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
 
     def passes(self, steps: int, random: np.random.Generator) -> list[Pass]:
         chosen = int(random.integers(int(self.earliest * steps), steps))

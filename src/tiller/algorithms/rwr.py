@@ -34,9 +34,8 @@ class RWR(Algorithm):
     walk: ClassVar[Literal["recorded", "noised", "live"]] = "noised"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.beta >= 0, "beta", self.beta, "0 or more")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
 
     def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
         return softmax_weights(scores.values, prompts, self.beta, self.standardise, self.per_prompt)

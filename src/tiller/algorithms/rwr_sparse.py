@@ -30,10 +30,8 @@ class RWRSparse(Algorithm):
     walk: ClassVar[Literal["recorded", "noised", "live"]] = "noised"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.share <= 1, "share", self.share, "in (0, 1]")
-        require(self.buffer_size >= 1, "buffer_size", self.buffer_size, "at least 1")
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
 
     def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
         return top_share(scores.values, prompts, history, self.share, self.buffer_size)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tiller.advantages import History, best_of_group
-from tiller.algorithms.base import Algorithm, require
+from tiller.algorithms.base import Algorithm
 from tiller.kernels import ODE, Kernel
 from tiller.types import Scores
 
@@ -27,10 +27,6 @@ class SFT(Algorithm):
     kernel: Kernel | None = ODE()
     walk: ClassVar[Literal["recorded", "noised", "live"]] = "noised"
     min_group: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        require(self.inner_epochs >= 1, "inner_epochs", self.inner_epochs, "at least 1")
-        require(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
 
     def advantages(self, scores: Scores, prompts: Sequence[str], history: History) -> np.ndarray:
         return best_of_group(scores.values, prompts)
