@@ -102,7 +102,7 @@ def test_the_first_step_is_adam_by_hand_on_the_rows_of_both_batches() -> None:
 
 def test_a_missing_reward_is_not_learnt_from_and_none_at_all_makes_no_network() -> None:
     states, rewards = chain(64, 2)
-    learner, poisoned = critic(), critic()
+    learner, poisoned = (critic(CriticSettings(updates=5, width=16)) for _ in range(2))
     nothing = np.full(64, np.nan)
     assert learner.fit([Paths(0, states, torch.zeros(64, 1))], nothing, 0, World()) == {}
     assert learner.tensors() == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -212,6 +213,17 @@ def test_the_term_is_the_denoising_loss_of_the_data_by_hand() -> None:
     for name, parameter in policy.parameters.items():
         torch.testing.assert_close(found[name] - bare[name], parameter.grad, rtol=1e-4, atol=1e-7)
         assert parameter.grad.abs().max() > 1e-4
+
+
+def test_processes_share_the_data_out() -> None:
+    """The gradients of two processes, each with one of the two batches, add up to that of one with both."""
+    policy, algorithm = Policy(with_vae(), lora_rank=None), Lee(data_weight=0.7)
+    batch = sampled(policy, algorithm)
+    whole = gradient(policy, algorithm, batch, Shades())
+    parts = [gradient(policy, algorithm, replace(batch, chunks=[chunk]), Shades()) for chunk in batch.chunks]
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[0][name] + parts[1][name], value, rtol=1e-4, atol=1e-6 * value.abs().max())
+        assert not torch.allclose(parts[0][name], parts[1][name])
 
 
 def test_a_run_with_data_goes_on_bit_for_bit() -> None:

@@ -56,12 +56,16 @@ class Paths:
     latents: Sequence[Tensor]  # T tensors (B, ...): x_t before each step
     prompts: Tensor  # (B, E)
 
-    def states(self, rows: Sequence[int], steps: Sequence[int]) -> Tensor:
+    def states(self, rows: np.ndarray, steps: np.ndarray) -> Tensor:
         """(n, F + E) float32: flattened latents and prompt of n pairs of a row of this batch and a step."""
-        flat = [latents.reshape(len(self.prompts), -1) for latents in self.latents]
-        return torch.stack(
-            [torch.cat([flat[step][row].float(), self.prompts[row]]) for row, step in zip(rows, steps, strict=True)]
-        )
+        size, found = len(self.prompts), self.prompts.new_empty(0)
+        for step in np.unique(steps).tolist():
+            here = torch.from_numpy(np.flatnonzero(steps == step)).to(self.prompts.device)
+            wanted = torch.from_numpy(rows[steps == step]).to(self.prompts.device)
+            flat = self.latents[step].reshape(size, -1)[wanted].float()
+            found = found if len(found) else flat.new_empty(len(rows), flat.shape[1] + self.prompts.shape[1])
+            found[here] = torch.cat([flat, self.prompts[wanted]], 1)
+        return found
 
 
 class ValueNetwork(nn.Module):
@@ -97,9 +101,8 @@ class Critic:
         """(B,) float32 V of latents (B, ...) before step `step`, in units of the reward."""
         if self.network is None:
             return torch.zeros(len(prompts), device=latents.device)
-        rows = range(len(prompts))
-        states = Paths(0, [latents], prompts.to(latents.device)).states(rows, [0] * len(rows))
-        return self._values(states, torch.full((len(rows),), step)).to(latents.device)
+        states = torch.cat([latents.reshape(len(prompts), -1).float(), prompts.to(latents.device)], 1)
+        return self._values(states, torch.full((len(prompts),), step)).to(latents.device)
 
     def fit(self, paths: Sequence[Paths], rewards: np.ndarray, epoch: int, world: World) -> dict[str, float]:
         """Some optimiser steps on the squared error of this epoch's rewards; what it came to, for the log.
@@ -158,7 +161,7 @@ class Critic:
         for path in paths:
             here = (rows >= path.first) & (rows < path.first + len(path.prompts))
             if here.any():
-                states = path.states((rows[here] - path.first).tolist(), steps[here].tolist())
+                states = path.states(rows[here] - path.first, steps[here])
                 targets = torch.from_numpy(rewards[rows[here]]).float().to(self.device)
                 error = (self._values(states, torch.from_numpy(steps[here])) - targets).square().sum() / len(rows)
                 (error / float(self.scale) ** 2).backward()
