@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import tiny
+from tiller import Policy
 from tiller.policy import layout
 
 
@@ -40,3 +41,36 @@ def test_large_unets_and_transformers_keep_the_fused_kernel() -> None:
     before = kinds(transformer)
     layout.plain_attention(transformer, bfloat16=True)
     assert kinds(transformer) == before
+
+
+def test_frozen_matrices_cast_once_give_the_bits_that_autocast_gives() -> None:
+    policy = Policy(tiny.tiny_sd(), lora_rank=4, mixed_precision="bf16")
+    for name, parameter in policy.parameters.items():
+        if "lora_B" in name:
+            parameter.data.normal_()  # so that the adapters have a say
+    call = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 16, "width": 16}
+
+    def made() -> list[torch.Tensor]:
+        rollout = policy.sample(["a cat", "a dog"], **call)
+        policy.replay(rollout, lambda step: step.backward(step.log_prob.sum()))
+        gradients = [p.grad for p in policy.parameters.values() if p.grad is not None]
+        for parameter in policy.parameters.values():
+            parameter.grad = None
+        return [*rollout.latents, rollout.log_probs, *gradients]
+
+    before = made()
+    unet = policy.pipe.unet
+    layout.cast_once(unet)
+    assert all(torch.equal(one, other) for one, other in zip(before, made(), strict=True))
+    types = {name: parameter.dtype for name, parameter in unet.named_parameters()}
+    assert types.pop("conv_in.weight") == types.pop("conv_in.bias") == unet.dtype == torch.float32
+    for name, dtype in types.items():
+        frozen = not ("lora_" in name or "norm" in name)
+        assert dtype == (torch.bfloat16 if frozen else torch.float32), name
+
+
+def test_what_is_trained_and_other_denoisers_are_not_cast() -> None:
+    full, other = Policy(tiny.tiny_sd(), lora_rank=None), tiny.tiny_sd3().transformer
+    for denoiser in (full.pipe.unet, other):
+        layout.cast_once(denoiser)
+        assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}

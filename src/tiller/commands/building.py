@@ -49,6 +49,8 @@ def policy(model: Model, seed: int) -> Policy:
         layout.plain_attention(denoiser, bfloat16)
         if model.channels_last:
             layout.channels_last(denoiser)
+        if model.mixed_precision == "bf16":
+            layout.cast_once(denoiser)
         if model.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         if model.compile:

@@ -32,3 +32,20 @@ def plain_attention(module: nn.Module, bfloat16: bool) -> None:
     fused = all(type(processor) is AttnProcessor2_0 for processor in unet.attn_processors.values())
     if fused and 0 < height * width <= FEW_TOKENS[bfloat16]:
         unet.set_attn_processor(AttnProcessor())
+
+
+def cast_once(module: nn.Module) -> None:
+    """A U-Net's frozen matrices in bfloat16, which is what autocast makes of them at every call: the same bits.
+
+    The first layer stays as it is, for its type is what a pipeline takes for the model's. Layers that are trained, and
+    norms, which autocast leaves in float32, stay as well. Other denoisers may switch autocast off inside, so they are
+    left alone.
+    """
+    if not isinstance(module, UNet2DConditionModel):
+        return
+    first = next(module.parameters())
+    for layer in module.modules():
+        weights = list(layer.parameters()) if isinstance(layer, (nn.Linear, nn.Conv2d)) else []
+        if all(w is not first and not w.requires_grad and w.dtype == torch.float32 for w in weights):
+            for weight in weights:
+                weight.data = weight.data.to(torch.bfloat16)
