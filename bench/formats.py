@@ -2,7 +2,7 @@
 
     python bench/formats.py --model embedded --batch 16
     python bench/formats.py --model small --batch 4
-    python bench/formats.py --model small --batch 4 --compile
+    python bench/formats.py --model embedded --batch 16 --only plain --compile
 
 All are measured in turn in one process, on one U-Net with a LoRA, guidance's doubled batch included; the numbers are
 how many times as fast as float32 weights in rows with diffusers' own attention, over the rounds.
@@ -11,10 +11,12 @@ how many times as fast as float32 weights in rows with diffusers' own attention,
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from typing import Any, NamedTuple
 
 import torch
+import torch._inductor.config
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from models import pipeline
 from timing import one_thread, seconds
@@ -83,6 +85,24 @@ class Denoiser:
         self.forward(wanted).float().square().mean().backward()
 
 
+def compile_first(denoiser: Denoiser, formats: dict[str, Format]) -> None:
+    """Make the compiled calls once, and print the seconds that takes: processor time, the compiler's included."""
+    torch._inductor.config.compile_threads = 1  # compilers that this process waits for, so that their time is counted
+    for name, wanted in formats.items():
+        if wanted.compiled:
+            denoiser.put(wanted)
+            for kind, call in (("sampling", denoiser.sampling), ("training", denoiser.training)):
+                start = compiling()
+                call(wanted)
+                print(f"{name}: {compiling() - start:.0f} s to compile for {kind}", flush=True)
+
+
+def compiling() -> float:
+    """Processor seconds of this process and of those it has started and waited for."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
 def measure(denoiser: Denoiser, formats: dict[str, Format], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds of a sampling and a training call by format, over the rounds, after one call that does not count."""
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in formats}
@@ -107,11 +127,15 @@ def main() -> None:
     parser.add_argument("--latents", type=int, help="side of the latents")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="the formats with this in their names, and fp32")
     parser.add_argument("--compile", action="store_true", help="compiled too; compiling takes minutes")
     chosen = parser.parse_args()
     one_thread()
     formats = {**FORMATS, **(COMPILED if chosen.compile else {})}
-    took = measure(Denoiser(chosen.model, chosen.latents, chosen.batch), formats, chosen.rounds)
+    formats = {name: wanted for name, wanted in formats.items() if name == "fp32" or chosen.only in name}
+    denoiser = Denoiser(chosen.model, chosen.latents, chosen.batch)
+    compile_first(denoiser, formats)
+    took = measure(denoiser, formats, chosen.rounds)
     for name, times in took.items():
         columns = zip(zip(*took["fp32"], strict=True), zip(*times, strict=True), strict=True)
         sampling, training = (against(base, mine) for base, mine in columns)

@@ -22,6 +22,7 @@ from timing import one_thread
 from torch import Tensor
 
 from tiller import Policy, Rollout, Step, TrainConfig, TrainState
+from tiller.policy import layout
 
 
 class Ledger:
@@ -77,6 +78,8 @@ def graph_sizes(chosen: argparse.Namespace) -> None:
     """Peak of the saved bytes of an update, for several numbers of steps, against one bare call."""
     pipe = pipeline("small", chosen.latents).to(torch.bfloat16 if chosen.bf16_weights else torch.float32)
     policy = Policy(pipe, mixed_precision=chosen.precision)
+    if chosen.cast_once:
+        layout.cast_once(pipe.unet)
     owned = {p.untyped_storage().data_ptr() for p in policy.pipe.unet.parameters()}
     prompts = list(PROMPTS[: chosen.batch])
     alone = 0
@@ -169,6 +172,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="autocast")
     parser.add_argument("--bf16-weights", action="store_true", help="frozen weights in bfloat16")
+    parser.add_argument(
+        "--cast-once", action="store_true", help="frozen matrices in bfloat16, as `tiller train` has them"
+    )
     parser.add_argument("--sd15", action="store_true", help="Stable Diffusion 1.5's size, on a GPU")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--offload", action="store_true", help="text encoder and autoencoder off the GPU in training")

@@ -2,6 +2,7 @@
 
     python -m venv PEER && PEER/bin/pip install -r bench/peer_requirements.txt
     python bench/peer.py --peer-python PEER/bin/python
+    python bench/peer.py --peer-python PEER/bin/python --model embedded --batch 16
 
 Each trains in processes of its own, turn by turn; what counts is the processor time of an epoch (sample, score, update)
 after the first, which warms up. TRL has two precisions, and so has tiller; every ratio is TRL's time over tiller's.
@@ -24,14 +25,15 @@ HERE = Path(__file__).parent
 WORKERS = {"tiller": "peer_tiller.py", "trl": "peer_trl.py"}
 
 
-def write_folder(folder: Path, latents: int) -> None:
+def write_folder(folder: Path, chosen: argparse.Namespace) -> None:
     """The pipeline as plain diffusers files, the tokenizer also in the older layout that TRL's transformers reads."""
-    pipe = pipeline("small", latents)
-    pipe.save_pretrained(folder)
-    vocabulary = pipe.tokenizer.get_vocab()
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    pipeline(chosen.model, chosen.latents).save_pretrained(folder)
+    file = folder / "tokenizer" / "tokenizer.json"
+    pairs = json.loads(file.read_text())["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(pairs["vocab"]))
+    merges = "".join(" ".join(pair) + "\n" for pair in pairs["merges"])
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + merges)
+    file.unlink()
 
 
 def epochs(who: str, python: str, folder: Path, precision: str, chosen: argparse.Namespace) -> list[float]:
@@ -58,7 +60,8 @@ def epochs(who: str, python: str, folder: Path, precision: str, chosen: argparse
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="python of an environment with TRL in it")
-    parser.add_argument("--latents", type=int, default=16)
+    parser.add_argument("--model", choices=["small", "embedded"], default="small", help="12 M or 7 M weights")
+    parser.add_argument("--latents", type=int, help="side of the latents, where the model leaves a choice")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=2, help="counted epochs per process")
@@ -70,7 +73,7 @@ def main() -> None:
     runs = [(who, precision) for precision in chosen.precisions for who in WORKERS]
     took: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder), chosen.latents)
+        write_folder(Path(folder), chosen)
         for _ in range(chosen.rounds):
             for who, precision in runs:
                 seconds = epochs(who, pythons[who], Path(folder), precision, chosen)

@@ -24,8 +24,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rank = None if asked["full"] else 4
     policy = Policy.from_pretrained(asked["folder"], lora_rank=rank, mixed_precision=asked["precision"])
-    layout.channels_last(policy.pipe.unet)  # both as `tiller train` does
-    layout.plain_attention(policy.pipe.unet, asked["precision"] == "bf16")
+    layout.plain_attention(policy.pipe.unet, asked["precision"] == "bf16")  # all three as `tiller train` does
+    layout.channels_last(policy.pipe.unet)
+    if asked["precision"] == "bf16":
+        layout.cast_once(policy.pipe.unet)
     config = TrainConfig(
         epochs=asked["epochs"], samples_per_epoch=asked["batch"], batch_size=asked["batch"], group_size=1
     )
