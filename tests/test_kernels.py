@@ -402,3 +402,19 @@ def test_ode_is_flow_match_euler_of_diffusers(index: int) -> None:
     torch.testing.assert_close(
         ODE().transition(x, x0, eps, stage.now, stage.then).mean, theirs.double(), rtol=1e-6, atol=1e-6
     )
+
+
+def test_the_second_order_solver_of_flow_models_golden_numbers() -> None:
+    """DPM-Solver++(2M), σ .9 → .7 → .5 from x = .5, denoised .2 then .3: what `ODE` leaves to such a pipeline."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, lower_order_final=False
+    )
+    scheduler.set_timesteps(3)
+    scheduler.sigmas = torch.tensor([0.9, 0.7, 0.5, 0.3], dtype=torch.float64)
+    scheduler.timesteps = scheduler.sigmas[:-1] * 1000
+    x, found = torch.full((1, 1), 0.5, dtype=torch.float64), []
+    for index, denoised in enumerate((0.2, 0.3)):
+        velocity = (x - denoised) / scheduler.sigmas[index]
+        x = scheduler.step(velocity, scheduler.timesteps[index], x).prev_sample
+        found.append(x.item())
+    assert found == pytest.approx([0.43333333, 0.40420470], abs=1e-7)
