@@ -22,7 +22,7 @@ class Check(NamedTuple):
 
 def examine() -> list[Check]:
     """Every check, the cheap ones first; none of them touches the network."""
-    return [*_system(), *_packages(), *_accelerator(), _font(), _model()]
+    return [*_system(), *_packages(), *_accelerator(), _font(), *_models()]
 
 
 def report(checks: list[Check]) -> str:
@@ -95,12 +95,16 @@ def _font() -> Check:
     return Check("emoji font", "missing (needed only to draw scenes; Debian package fonts-noto-color-emoji)")
 
 
-def _model() -> Check:
+def _models() -> list[Check]:
     from tiller import emoji
 
-    try:
-        folder = Path(emoji.path())
-    except TillerError as error:
-        return Check("emoji model", "missing", str(error))
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Check("emoji model", f"{size / 1e6:.1f} MB in {folder}")
+    checks = []
+    for name in emoji.MODELS:
+        try:
+            folder = Path(emoji.path(name))
+        except TillerError as error:
+            checks.append(Check(f"{name} model", "missing", str(error)))
+            continue
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        checks.append(Check(f"{name} model", f"{size / 1e6:.1f} MB in {folder}"))
+    return checks
