@@ -11,7 +11,7 @@ from diffusers import CogView4Pipeline, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiller import Policy, config
+from tiller import Policy, config, emoji
 from tiller.kernels import FlowSDE
 from tiller.pretrain import AutoencoderConfig, DecoderConfig, DenoiserConfig, FlowConfig, PretrainConfig, build
 from tiller.pretrain import data as sources
@@ -203,7 +203,19 @@ def test_bad_settings_are_one_sentence(tmp_path):
         list(train(PretrainConfig(output=str(tmp_path), start=str(tmp_path))))
 
 
-def test_the_recipe_is_read():
+def test_the_recipe_is_that_of_the_shipped_model():
     recipe = config.load(PretrainConfig, Path(config.__file__).parent / "recipes" / "pretrain-flow.yaml")
-    assert recipe.denoiser.flow == FlowConfig()
-    assert recipe.start == "emoji"
+    flow, kept = (
+        recipe.denoiser.flow,
+        json.loads((emoji.path("emoji-flow") / "transformer" / "config.json").read_text()),
+    )
+    assert (recipe.start, recipe.data, recipe.size) == ("emoji", "emoji", 64)
+    assert (kept["num_layers"], kept["patch_size"], kept["time_embed_dim"]) == (
+        flow.layers,
+        flow.patch,
+        flow.time_width,
+    )
+    assert kept["num_attention_heads"] * kept["attention_head_dim"] == flow.width
+    assert kept["attention_head_dim"] == flow.head_width
+    assert kept["text_embed_dim"] == recipe.denoiser.text_width
+    assert recipe.denoiser.steps * recipe.denoiser.batch <= recipe.denoiser.pool * recipe.denoiser.epochs  # one pool
