@@ -1,8 +1,8 @@
 """The other denoiser: a transformer that learns rectified flow, for diffusers' stock `CogView4Pipeline`.
 
 Text and latents go through the same blocks. Of the stock flow pipelines with guidance by two predictions, this one
-spends least on a small model: one text encoder, no pooled vector, and prompts padded to a multiple of 16 tokens, where
-the others pad to 256 or more. It reads the text encoder's last state but one, so the last layer is never used.
+spends little on a small model: one text encoder, no pooled vector, and prompts padded to a multiple of 16 tokens, where
+Stable Diffusion 3, FLUX, AuraFlow, Lumina 2 and Sana come to 256 and more. It reads the text encoder's last state but one, so the last layer is never used.
 """
 
 from __future__ import annotations
@@ -32,6 +32,44 @@ def schedule() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=1.0)
 
 
+def text_encoder(config: DenoiserConfig, vocabulary: int, end: int) -> GlmModel:
+    """Causal, so that a word knows those before it; one layer more than are read."""
+    heads = config.text_width // 48
+    return GlmModel(
+        GlmConfig(
+            vocab_size=vocabulary,
+            hidden_size=config.text_width,
+            intermediate_size=3 * config.text_width,
+            num_hidden_layers=config.text_layers + 1,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=48,
+            max_position_embeddings=LONGEST,
+            attention_dropout=0.0,
+            bos_token_id=end - 1,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+
+
+def transformer(flow: FlowConfig, channels: int, size: int, text_width: int) -> CogView4Transformer2DModel:
+    """For latents (B, channels, size, size)."""
+    return CogView4Transformer2DModel(
+        patch_size=flow.patch,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=flow.layers,
+        attention_head_dim=flow.head_width,
+        num_attention_heads=flow.width // flow.head_width,
+        text_embed_dim=text_width,
+        time_embed_dim=flow.time_width,
+        condition_dim=16,  # of the picture's size, which is always the same
+        sample_size=size,
+        rope_axes_dim=(size // flow.patch, size // flow.patch),
+    )
+
+
 class FlowDenoiser(nn.Module):
     """v(x_sigma, sigma, tokens): (B, C, h, w) latents, (B,) sigmas, (B, L) token ids to (B, C, h, w)."""
 
@@ -40,35 +78,8 @@ class FlowDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.flow, self.pixels, self.padding = flow, pixels, end
-        self.text = GlmModel(
-            GlmConfig(
-                vocab_size=vocabulary,
-                hidden_size=config.text_width,
-                intermediate_size=3 * config.text_width,
-                num_hidden_layers=config.text_layers + 1,
-                num_attention_heads=config.text_width // 48,
-                num_key_value_heads=config.text_width // 48,
-                head_dim=48,
-                max_position_embeddings=LONGEST,
-                attention_dropout=0.0,
-                bos_token_id=end - 1,
-                eos_token_id=end,
-                pad_token_id=end,
-            )
-        )
-        self.transformer = CogView4Transformer2DModel(
-            patch_size=flow.patch,
-            in_channels=channels,
-            out_channels=channels,
-            num_layers=flow.layers,
-            attention_head_dim=flow.head_width,
-            num_attention_heads=flow.width // flow.head_width,
-            text_embed_dim=config.text_width,
-            time_embed_dim=flow.time_width,
-            condition_dim=16,  # of the picture's size, which is always the same
-            sample_size=size,
-            rope_axes_dim=(size // flow.patch, size // flow.patch),
-        )
+        self.text = text_encoder(config, vocabulary, end)
+        self.transformer = transformer(flow, channels, size, config.text_width)
         start_as_identity(self.transformer)
         self.text.layers[-1].requires_grad_(False)
         self.text.norm.requires_grad_(False)
