@@ -2,7 +2,8 @@
 
 Text and latents go through the same blocks. Of the stock flow pipelines with guidance by two predictions, this one
 spends little on a small model: one text encoder, no pooled vector, and prompts padded to a multiple of 16 tokens, where
-Stable Diffusion 3, FLUX, AuraFlow, Lumina 2 and Sana come to 256 and more. It reads the text encoder's last state but one, so the last layer is never used.
+Stable Diffusion 3, FLUX, AuraFlow, Lumina 2 and Sana come to 256 and more. It reads the text encoder's last state but
+one, so the last layer is never used.
 """
 
 from __future__ import annotations
