@@ -22,6 +22,7 @@ from models import pipeline
 from timing import one_thread, seconds
 
 from tiller import Policy
+from tiller.policy import layout
 
 
 class Format(NamedTuple):
@@ -31,6 +32,7 @@ class Format(NamedTuple):
     bf16: bool = False  # under autocast
     plain: bool = False  # attention as two matrix products
     weights: torch.dtype = torch.float32
+    once: bool = False  # frozen matrices cast once, as `tiller train` does
     compiled: bool = False
 
 
@@ -40,8 +42,10 @@ FORMATS = {
     "fp32, channels last": Format(LAST),
     "fp32, channels last, plain attention": Format(LAST, plain=True),
     "bf16": Format(bf16=True),
+    "bf16, plain attention, cast once": Format(bf16=True, plain=True, once=True),
     "bf16, channels last": Format(LAST, True),
     "bf16, channels last, plain attention": Format(LAST, True, True),
+    "bf16, channels last, plain attention, cast once": Format(LAST, True, True, once=True),
     "bf16, channels last, plain attention, bf16 weights": Format(LAST, True, True, torch.bfloat16),
 }
 COMPILED = {
@@ -67,6 +71,8 @@ class Denoiser:
         self.unet.to(wanted.weights, memory_format=wanted.layout)
         for parameter in self.policy.parameters.values():
             parameter.data = parameter.data.float()
+        if wanted.once:
+            layout.cast_once(self.unet)
         self.unet.set_attn_processor(AttnProcessor() if wanted.plain else AttnProcessor2_0())
 
     def forward(self, wanted: Format) -> torch.Tensor:
