@@ -132,7 +132,8 @@ def check_replay(policy: Policy, rollout: Rollout) -> None:
     if errors[worst] > RATIO_TOLERANCE:
         raise PipelineError(
             f"replaying {type(policy.pipe).__name__} gives other log-probabilities than recording it (by "
-            f"{errors[worst]:.2g} at step {worst}); turn off what is random in it, such as dropout."
+            f"{errors[worst]:.2g} at step {worst}); turn off what is random in it, such as dropout, "
+            "and model.compile in bfloat16."
         )
     _check_gradients(policy)
 
