@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import tiny
 from tiller import Policy
+from tiller.commands import building
 from tiller.policy import layout
+from tiller.recipe import Model
 
 
 def kinds(unet: Any) -> set[type]:
@@ -74,3 +79,29 @@ def test_what_is_trained_and_other_denoisers_are_not_cast() -> None:
     for denoiser in (full.pipe.unet, other):
         layout.cast_once(denoiser)
         assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
+
+
+def test_a_compiled_denoiser_is_recorded_and_replayed_as_an_uncompiled_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced but not translated (no compiler needed): what the seam puts in `forward` and what `compile` puts there."""
+    tiny.tiny_sd().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    found = []
+    for compiled in (False, True):
+        model = Model(name=str(tmp_path / "model"), compile=compiled, lora_rank=2, device="cpu")
+        policy = building.policy(model, seed=0)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        rollout = policy.sample("a cat", num_inference_steps=2, guidance_scale=1.0)
+        ratios: list[float] = []
+
+        def on_step(step: Any, ratios: list[float] = ratios) -> None:
+            ratios.append(float((step.log_prob.detach() - step.old_log_prob).abs().max()))
+            step.backward(step.log_prob.sum())
+
+        policy.replay(rollout, on_step, steps=[1])
+        assert ratios == [0.0]
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs) == compiled
+        found.append([rollout.log_probs, *(p.grad for p in policy.parameters.values())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
