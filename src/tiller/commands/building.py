@@ -55,7 +55,7 @@ def policy(model: Model, seed: int) -> Policy:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         if model.compile:
             # rounded as uncompiled code rounds, so that calls with and without a graph agree to the bit
-            rounding = {"emulate_precision_casts": True} if bfloat16 else None
+            rounding: dict[str, Any] | None = {"emulate_precision_casts": True} if bfloat16 else None
             denoiser.forward = torch.compile(denoiser.forward, options=rounding)
     decoder: Any = getattr(loaded.pipe, "vae", None)
     if model.gradient_checkpointing and getattr(decoder, "_supports_gradient_checkpointing", False):
