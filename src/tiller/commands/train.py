@@ -199,7 +199,8 @@ def _drift(policy: Policy, recipe: Recipe, prompts: list[Prompt]) -> dict[str, f
     if recipe.model.lora_rank is None:
         return {}
     asked, sampling = prompts[: Shown.DRIFT], building.per_picture(recipe.sampling)
-    return drift(policy, asked, recipe.evaluation.samples_per_prompt, recipe.train.seed, sampling)
+    per_prompt = max(2, recipe.evaluation.samples_per_prompt)  # two, to differ from each other
+    return drift(policy, asked, per_prompt, recipe.train.seed, sampling)
 
 
 def _conclude(folder: Path, outcome: Outcome, moved: Mapping[str, float], terminal: Terminal) -> None:
