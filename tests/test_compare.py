@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import sys
+import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,11 +88,11 @@ def test_the_summary_is_mean_and_deviation_over_finished_seeds(tmp_path: Path) -
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs of a comparison made here, which saves importing torch for each."""
 
-    def run(command: list[str], stdout, **_) -> SimpleNamespace:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            return SimpleNamespace(returncode=cli.main(command[3:]))
+    def execute(command: list[str], log: Path) -> int:
+        with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            return cli.main(command[3:])
 
-    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare, "execute", execute)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -114,3 +115,30 @@ def test_the_command_runs_what_is_missing_and_reports_what_failed(tmp_path: Path
     before = (tmp_path / "out" / "good-0" / "metrics.jsonl").stat().st_mtime_ns
     cli.main(["compare", str(file), "runs={good: {" + quick + f", held_out: {tmp_path}/few.txt" + "}}"])
     assert (tmp_path / "out" / "good-0" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+POLITE = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(143)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_comparison_that_is_stopped_lets_its_run_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while it waits: the run gets SIGTERM, not SIGKILL, and is waited for."""
+    log = tmp_path / "log"
+    waited = compare.subprocess.Popen.wait
+
+    def interrupted(process, timeout=None) -> int:
+        monkeypatch.setattr(compare.subprocess.Popen, "wait", waited)
+        until = threading.Event()
+        while "ready" not in log.read_text():
+            until.wait(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.execute([sys.executable, "-c", POLITE], log)
+    assert log.read_text() == "ready\nsaved\n"
+    assert not compare.RUNNING

@@ -29,11 +29,7 @@ def run(comparison: Comparison, file: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror}; give another output_dir.") from error
-    if comparison.jobs == 1:
-        codes = [_make(variant) for variant in wanted]
-    else:
-        with ThreadPoolExecutor(comparison.jobs) as workers:
-            codes = list(workers.map(_make, wanted))
+    codes = _all(wanted, comparison.jobs)
     rows = [_row(variant) for variant in wanted]
     summary = summarise(rows, comparison.split)
     (folder / "comparison.json").write_text(json.dumps(summary, indent=1))
@@ -44,17 +40,50 @@ def run(comparison: Comparison, file: Path) -> int:
     return 1 if any(codes) else 0
 
 
+def _all(wanted: Sequence[Variant], jobs: int) -> list[int]:
+    """Every variant's exit code. Whoever stops this stops the runs under way, which save; the same command goes on."""
+    if jobs == 1:
+        return [_make(variant) for variant in wanted]
+    with ThreadPoolExecutor(jobs) as workers:
+        try:
+            return list(workers.map(_make, wanted))
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                process.terminate()
+            raise
+
+
 def _make(variant: Variant) -> int:
     """Run one variant in a process of its own, unless it is finished; what it prints goes to a log beside it."""
     if (variant.folder / "finished.json").exists():
         return 0
     log = variant.folder.with_suffix(".log")
     command = [sys.executable, "-m", "tiller", "train", str(variant.recipe), *variant.overrides]
-    with log.open("a") as output:
-        code = subprocess.run(command, stdout=output, stderr=output, env=_environment(), check=False).returncode
+    code = execute(command, log)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{variant.name}, seed {variant.seed}: {'done' if code == 0 else f'failed, see {log}'}")
     return code
+
+
+RUNNING: set[subprocess.Popen] = set()
+
+
+def execute(command: Sequence[str], log: Path) -> int:
+    """The exit code of a command that writes into a log; it is asked to end, and waited for, if this is stopped."""
+    with (
+        log.open("a") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, env=_environment()) as process,
+    ):
+        RUNNING.add(process)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            RUNNING.discard(process)
 
 
 def _environment() -> dict[str, str]:
