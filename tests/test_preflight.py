@@ -210,7 +210,7 @@ def test_active_dropout_is_refused() -> None:
 
 def test_a_kernel_without_density_is_refused() -> None:
     error = refusal(
-        Policy(toy()), algorithm=cast(Algorithm, SimpleNamespace(kernel=ODE(), walk="recorded"))
+        Policy(toy()), algorithm=cast(Algorithm, SimpleNamespace(kernel=ODE(), walk="recorded", differentiates=False))
     )  # DDPO refuses it itself
     assert "has a density under ODE" in str(error)
     assert "choose a kernel with noise" in str(error)

@@ -33,6 +33,7 @@ _HOMES = {
     "DRaFTLV": "tiller.algorithms",
     "AlignProp": "tiller.algorithms",
     "ReFL": "tiller.algorithms",
+    "AdjointMatching": "tiller.algorithms",
     "NFT": "tiller.algorithms",
     "AWM": "tiller.algorithms",
     "DGPO": "tiller.algorithms",

@@ -17,7 +17,7 @@ from tiller.pairs import Pairs
 from tiller.policy import Policy, Rollout, Step
 from tiller.policy.forward import ForwardProcess
 from tiller.policy.weights import ADAPTER
-from tiller.preflight_live import check_live
+from tiller.preflight_live import check_adjoint, check_live
 from tiller.pretrain.data import Source
 from tiller.rewards import Reward, score
 from tiller.rewards.check import describe
@@ -51,18 +51,22 @@ def preflight(
     """
     call = _short(policy, sampling)
     texts = [prompts[0].text] * SAMPLES
+    attempts = [(prompts[0], call), *((prompt, dict(sampling)) for prompt in prompts[:ROUNDS])]
     if isinstance(algorithm, RewardGradient) and reward is not None:
-        attempts = [(prompts[0], call), *((prompt, dict(sampling)) for prompt in prompts[:ROUNDS])]
         check_live(policy, reward, algorithm, attempts, seed)
         _check_gradients(policy)
         check_stock(policy, texts[0], seed, call)
         return
     rollout = policy.sample(texts, seed=seed, kernel=algorithm.kernel, **call)
-    varies = reward is None or not describe(_judged(reward, rollout.images, prompts[0]), texts)
+    varies = (
+        reward is None or algorithm.differentiates or not describe(_judged(reward, rollout.images, prompts[0]), texts)
+    )
     if algorithm.walk == "noised":
         check_noised(policy, rollout)
     else:
         check_replay(policy, rollout)
+    if algorithm.differentiates and reward is not None:
+        check_adjoint(policy, reward, algorithm, attempts, seed)
     if data is not None:
         check_noised(policy, *data_frame(policy, data, rollout, seed))
     check_stock(policy, texts[0], seed, call)

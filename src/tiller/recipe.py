@@ -33,6 +33,7 @@ ALGORITHMS = Choice(
         "dpok": "tiller.algorithms.dpok:DPOK",
         "lee": "tiller.algorithms.lee:Lee",
         "ppo": "tiller.algorithms.ppo:PPO",
+        "adjoint_matching": "tiller.algorithms.adjoint_matching:AdjointMatching",
     }
 )
 """What `algorithm:` may name."""

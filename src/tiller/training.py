@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiller.algorithms.base import Algorithm, RewardGradient
+from tiller.algorithms.base import Algorithm
 from tiller.collect import Batch, collect, noise_window
 from tiller.critic import Paths, prompt_vectors
 from tiller.data import Data, check_data, open_data
@@ -145,7 +145,7 @@ def check(
             f"{name} compares all pictures of one prompt in one batch; make train.batch_size ({config.batch_size}) a "
             f"multiple of train.group_size ({config.group_size})."
         )
-    if isinstance(algorithm, RewardGradient) and reward is not None and not differentiable(reward):
+    if algorithm.differentiates and reward is not None and not differentiable(reward):
         raise ConfigError(
             f"{name} differentiates the reward, and {reward_name(reward)} is not differentiable; take one that is "
             "(it says `differentiable = True`), or an algorithm that needs values only, such as ddpo."

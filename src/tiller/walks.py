@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiller.adjoint import LeanAdjoint
 from tiller.algorithms.base import Algorithm, Pass
 from tiller.critic import prompt_vectors
 from tiller.policy import Policy, Rollout, Step
@@ -70,8 +71,9 @@ class Walker:
     algorithm: Algorithm
     state: TrainState
     seed: int
-    reward: Any = None  # of pictures with a graph, for a live walk
+    reward: Any = None  # of pictures with a graph, where the algorithm differentiates it
     _seen: dict[tuple[str, int, int], Seen] = field(default_factory=dict)  # by copy, chunk and step
+    _adjoints: dict[int, LeanAdjoint] = field(default_factory=dict)  # by chunk
 
     def walk(self, chunk: Chunk, steps: Sequence[Any], inner: int, show: Shown) -> None:
         """Show the chosen steps (in a live walk: passes) of one chunk, in the inner epoch of that number."""
@@ -84,6 +86,8 @@ class Walker:
 
     def _recorded(self, chunk: Chunk, steps: Sequence[int], inner: int, show: Shown) -> None:
         """The path as it was sampled. What frozen copies say of it is found out once per epoch."""
+        if self.algorithm.differentiates:
+            self._carry_back(chunk, min(steps) + 1)
         for name in self.algorithm.needs:
             missing = [index for index in steps if (name, chunk.number, index) not in self._seen]
             with torch.no_grad(), self.state.using(name):
@@ -91,6 +95,8 @@ class Walker:
         self.policy.replay(chunk.rollout, self._with_others(chunk, show), steps)
         if self.algorithm.inner_epochs == 1 or any(name != "reference" for name in self.algorithm.needs):
             self._seen.clear()  # nobody will ask again, or a copy that follows the weights will have moved
+        if self.algorithm.inner_epochs == 1:
+            self._adjoints.clear()
 
     def _noised(self, chunk: Chunk, steps: Sequence[int], inner: int, show: Shown) -> None:
         """The clean latents, noised again: fresh noise for every step of every inner epoch."""
@@ -110,6 +116,14 @@ class Walker:
         for step in live(self.policy, self.reward, chunk.rollout, passes, chunk.prompts, chunk.metadata, keys):
             show(step)
 
+    def _carry_back(self, chunk: Chunk, index: int) -> None:
+        """The lean adjoint of the chunk's states, from the clean latents back to state `index`."""
+        if chunk.number not in self._adjoints:
+            place = (self.policy, self.reward, chunk.rollout, chunk.prompts, chunk.metadata)
+            self._adjoints[chunk.number] = LeanAdjoint(*place)
+        with self.state.using("reference"):
+            self._adjoints[chunk.number].back_to(index, self._remember("reference", chunk))
+
     def _remember(self, name: str, chunk: Chunk) -> Callable[[Step], None]:
         def on_step(step: Step) -> None:
             self._seen[name, chunk.number, step.index] = step.seen()
@@ -124,6 +138,9 @@ class Walker:
             if critic is not None and prompts is not None:
                 step.value, step.residual = critic.value(step.sample, step.index, prompts), critic.residual
             step.groups = torch.from_numpy(chunk.groups).to(step.prediction.device)
+            if chunk.number in self._adjoints:
+                known = self._adjoints[chunk.number]
+                step.adjoint, step.missing = known.states[step.index + 1], known.missing
             step.others = {name: self._seen[name, chunk.number, step.index] for name in self.algorithm.needs}
             show(step)
 
@@ -150,8 +167,11 @@ def live(
 
 
 def scored(step: Any, known: Tensor) -> Tensor:
-    """Of the indices `known`, those whose loss at this step exists: a live picture may have no score."""
-    return known[step.rewards.detach()[known].isfinite()] if isinstance(step, Live) else known
+    """Of the indices `known`, those whose loss at this step exists: a picture with a graph may have no score."""
+    if isinstance(step, Live):
+        return known[step.rewards.detach()[known].isfinite()]
+    missing = getattr(step, "missing", None)
+    return known if missing is None else known[~missing[known]]
 
 
 def as_rows(values: np.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:

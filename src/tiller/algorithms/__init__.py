@@ -1,5 +1,6 @@
 """One file per algorithm; the difference between two files is the difference between two papers."""
 
+from tiller.algorithms.adjoint_matching import AdjointMatching
 from tiller.algorithms.align_prop import AlignProp
 from tiller.algorithms.awm import AWM
 from tiller.algorithms.base import Algorithm, RewardGradient
@@ -36,6 +37,7 @@ __all__ = [
     "PPO",
     "RWR",
     "SFT",
+    "AdjointMatching",
     "Algorithm",
     "AlignProp",
     "DRaFT",

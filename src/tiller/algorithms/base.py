@@ -58,9 +58,12 @@ class Algorithm(ABC):
     Its states come from one of three walks through the pipeline. "recorded": the path that was sampled, step by step
     (ratio methods). "noised": the clean latents, noised again to each step (likelihood by denoising error). "live":
     the last steps are taken again with a graph that runs into the reward's gradient.
+
+    One that differentiates the reward on a "recorded" walk gets its lean adjoint in `step.adjoint`.
     """
 
     walk: ClassVar[Literal["recorded", "noised", "live"]] = "recorded"
+    differentiates: ClassVar[bool] = False  # the reward's gradient is asked for
     on_policy: ClassVar[bool] = False  # only the policy's own samples will do: one update per epoch
     min_group: ClassVar[int] = 1  # samples per prompt drawn that it cannot do without
     whole_groups: ClassVar[bool] = False  # the loss compares a group's members, so a batch must hold whole groups
@@ -132,6 +135,7 @@ class RewardGradient(Algorithm):
     """An algorithm that differentiates the reward: its loss reads `step.rewards`, which have a graph (`walks.Live`)."""
 
     walk: ClassVar[Literal["recorded", "noised", "live"]] = "live"
+    differentiates: ClassVar[bool] = True
 
     @abstractmethod
     def passes(self, steps: int, random: np.random.Generator) -> list[Pass]:

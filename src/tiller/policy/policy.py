@@ -183,13 +183,16 @@ class Policy:
 
         Args:
             stop: the step at which to jump to the decoder with x̂0; by default all steps are taken.
-            state: (B, ...) latents at step `start` in the place of the recorded ones; then `start` is at least 1.
+            state: (B, ...) latents at step `start` in the place of the recorded ones; then `start` is at least 1, and
+                T is the decoder: the pictures of these clean latents.
 
         Raises:
             PipelineError: the pipeline cannot return its pictures as tensors with a graph.
         """
-        if not 0 <= start < (stop or len(rollout.records)) <= len(rollout.records) or (state is not None and not start):
-            raise ValueError(f"steps {start} to {stop} are no part of the rollout's {len(rollout.records)} steps")
+        total = len(rollout.records)
+        decodes = start == total and stop is None and state is not None
+        if not (decodes or 0 <= start < (stop or total) <= total) or (state is not None and not start):
+            raise ValueError(f"steps {start} to {stop} are no part of the rollout's {total} steps")
         handler = Unroller(rollout, start, stop, state)
         call = {**rollout.call, "output_type": "pt"}
         key = (rollout.seed, rollout.prompts, rollout.starts or rollout.samples, rollout.random_state)

@@ -107,6 +107,8 @@ class Step:
     groups: Tensor | None = None  # (B,) int64: drawn for the same prompt side by side; -1: left out
     others: Mapping[str, Seen] = field(default_factory=dict)  # what other copies of the weights say here
     value: Tensor | None = None  # (B,) V(x_t, t, prompt), the reward to expect, where the algorithm has a critic
+    adjoint: Tensor | None = None  # (B, ...) ã of the state this step leads to, where the algorithm asks for it
+    missing: Tensor | None = None  # (B,) bool: no adjoint, as the reward gave no score
     residual: tuple[float, float] = (0.0, 1.0)  # mean and std of reward - value over the epoch
 
     @cached_property

@@ -87,5 +87,5 @@ class Unroller:
         if self.denoised is not None:
             return self.denoised.to(action.dtype)
         if self.state is not None and index == self.start - 1:
-            return self.state.to(action)
+            return self.state.to(action).clone()  # pipelines may write into it
         return action.clone()
