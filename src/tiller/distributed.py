@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -16,6 +17,12 @@ from tiller.types import ConfigError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # how long processes wait for one that hangs; one that died is noticed at once
+
+
+def _leave() -> None:
+    """Close the process group while the interpreter still stands; threads of it that outlive that abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class World:
@@ -33,6 +40,9 @@ class World:
         without = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         cpu = started > 1 and (without or not torch.accelerator.is_available())
         self._state = PartialState(cpu=cpu, timeout=timeout)
+        if self._state.num_processes > 1:
+            atexit.unregister(_leave)  # once is enough, however many worlds are made
+            atexit.register(_leave)
         if self._state.num_processes != started:
             raise ConfigError(
                 f"WORLD_SIZE is {started}, but {self._state.num_processes} processes found each other; use a launcher "
