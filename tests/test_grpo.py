@@ -25,7 +25,7 @@ from tiller.training import check
 from tiller.types import ConfigError, Prompt
 from tiller.update import update
 from tiller.walks import Walker
-from toy import brightness, toy
+from toy import ToyPipeline, brightness, toy
 
 PROMPTS = [Prompt("a cat"), Prompt("a dog")]
 SETTINGS = TrainConfig(epochs=1, samples_per_epoch=8, group_size=4, batch_size=4, max_grad_norm=1e9)
@@ -280,3 +280,14 @@ def test_what_other_copies_said_is_forgotten_when_they_move() -> None:
     batch = sampled(policy, algorithm)
     walker.walk(batch.chunks[0], [0, 1], 0, lambda step: None)
     assert len(walker._seen) == 2  # the reference stays where it is
+
+
+def test_a_window_without_a_known_number_of_steps_is_refused_and_not_dropped() -> None:
+    class Endless(ToyPipeline):
+        def __call__(self, prompt, generator=None):  # type: ignore[override]
+            return super().__call__(prompt, 6, generator)
+
+    policy = Policy(toy(Endless), lora_rank=None)
+    with pytest.raises(ConfigError, match="MixGRPO has a window of steps, and Endless does not say how many"):
+        check(policy, brightness, MixGRPO(), SETTINGS, {}, World())
+    check(policy, brightness, FlowGRPO(), SETTINGS, {}, World())

@@ -19,7 +19,7 @@ from tiller.prompts import draw
 from tiller.rewards import Background, Reward
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
-from tiller.types import ConfigError, Prompt, Scores
+from tiller.types import ConfigError, Prompt, Scores, join_scores
 from tiller.walks import Chunk
 
 
@@ -74,7 +74,7 @@ def collect(
             chunks.append(chunk)
         clock.lap("time/sample")
         mine = [future.result() for future in pending]
-    scores = _joined(world.gather(mine), config.batch_size)
+    scores = join_scores(world.gather(mine))
     clock.lap("time/reward")
     texts = [prompts[prompt].text for prompt, _ in pairs]
     state.reward_calls += len(texts)
@@ -95,7 +95,12 @@ def noise_window(
     default = parameters["num_inference_steps"].default if "num_inference_steps" in parameters else None
     steps = sampling.get("num_inference_steps", default)
     if not isinstance(steps, int):
-        return None  # a pipeline whose own schedule nobody can change (diffusion forcing) has no windows
+        if type(algorithm).window is not Algorithm.window:
+            raise ConfigError(
+                f"{type(algorithm).__name__} has a window of steps, and {type(policy.pipe).__name__} does not say how "
+                "many it takes; give sampling.num_inference_steps, or take flow_grpo."
+            )
+        return None
     window = algorithm.window(epoch, steps, seed)
     if window is not None and window.stop > steps:
         raise ConfigError(
@@ -108,12 +113,3 @@ def noise_window(
 def windowed(kernel: Kernel | None, window: range | None) -> Kernel | None:
     """The kernel, inside the window only."""
     return kernel if window is None else Window(kernel, window.start, len(window))
-
-
-def _joined(parts: Sequence[Scores], size: int) -> Scores:
-    names = dict.fromkeys(name for part in parts for name in part.components)
-    return Scores(
-        np.concatenate([part.values for part in parts]),
-        {name: np.concatenate([part.components.get(name, np.full(size, np.nan)) for part in parts]) for name in names},
-        {number * size + index: why for number, part in enumerate(parts) for index, why in part.reasons.items()},
-    )

@@ -21,7 +21,7 @@ from tiller.preflight_live import check_adjoint, check_live
 from tiller.pretrain.data import Source
 from tiller.rewards import Reward, score
 from tiller.rewards.check import describe
-from tiller.types import PipelineError, Prompt, RewardError, Scores
+from tiller.types import PipelineError, Prompt, RewardError, Scores, join_scores
 
 STEPS = 4  # denoising steps of the trial calls, where the pipeline lets one choose
 SAMPLES = 4  # pictures of the trial, all of one prompt, so that a reward can be seen to vary within a group
@@ -99,7 +99,7 @@ def check_reward(
         drawn = policy.sample(asked, seed=seed, samples=samples, kernel=algorithm.kernel, **sampling)
         texts += asked
         parts.append(_judged(reward, drawn.images, prompt))
-        complaint = describe(_joined(parts), texts)
+        complaint = describe(join_scores(parts), texts)
         if not complaint:
             return
     raise RewardError(complaint)
@@ -107,12 +107,6 @@ def check_reward(
 
 def _judged(reward: Reward, images: Sequence[Any], prompt: Prompt) -> Scores:
     return score(reward, images, [prompt.text] * len(images), [prompt.metadata] * len(images))
-
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    """Scores of SAMPLES pictures each, in a row."""
-    reasons = {part * SAMPLES + at: why for part, scores in enumerate(parts) for at, why in scores.reasons.items()}
-    return Scores(np.concatenate([scores.values for scores in parts]), {}, reasons)
 
 
 def check_replay(policy: Policy, rollout: Rollout) -> None:

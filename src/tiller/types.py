@@ -6,7 +6,7 @@ epoch (all batches, all processes together).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,3 +57,17 @@ class Scores:
     def valid(self) -> np.ndarray:
         """(N,) bool: the score is there and finite."""
         return np.isfinite(self.values)
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """The scores of several batches, one after the other; a component that a batch lacks is missing there."""
+    names = dict.fromkeys(name for part in parts for name in part.components)
+    starts = np.cumsum([0, *(len(part.values) for part in parts)])
+    return Scores(
+        np.concatenate([part.values for part in parts]),
+        {
+            name: np.concatenate([part.components.get(name, np.full(len(part.values), np.nan)) for part in parts])
+            for name in names
+        },
+        {int(start) + at: why for start, part in zip(starts, parts, strict=False) for at, why in part.reasons.items()},
+    )
