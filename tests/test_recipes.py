@@ -17,8 +17,7 @@ RUNS = [file for file in FILES if not file.stem.startswith(("pretrain", "compare
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
 def test_a_run(file: Path, tmp_path: Path) -> None:
     found = config.load(recipe.Recipe, file)
-    algorithm = building.algorithm(found)
-    assert algorithm.inner_epochs >= 1
+    building.algorithm(found)
     assert load(found.prompts)
     assert building.splits(found)
     assert building.rewards(found, tmp_path)
