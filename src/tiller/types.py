@@ -46,6 +46,15 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a reward may say of one picture, in the place of a bare number: why there is none, and what to keep."""
+
+    value: float | None  # None is missing
+    reason: str = ""  # why it is missing
+    note: str = ""  # kept in the log beside the score, such as a judge's own words
+
+
+@dataclass(frozen=True)
 class Scores:
     """Rewards of N pictures. A missing score is NaN; it takes part in no statistic and no update."""
 
