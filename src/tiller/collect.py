@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tiller.algorithms.base import Algorithm
 from tiller.distributed import World
@@ -34,6 +35,7 @@ class Batch:
     pictures: list[Any]  # of this process's first chunk, for the log
     window: range | None = None  # the only steps that were drawn with noise, where there is such a window
     history: Mapping[str, list[float]] = field(default_factory=dict)  # the state's, once the epoch is done
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # that drew it, where it is to be kept for later epochs
 
 
 def collect(
@@ -48,29 +50,16 @@ def collect(
     clock: Clock,
 ) -> Batch:
     """Draw an epoch's samples, scoring each batch while the next one is drawn."""
+    recall(policy, prompts, algorithm, config, sampling, state, world)
     pairs = draw(prompts, config.seed, state.epoch, config.samples_per_epoch, config.group_size)
-    numbers = range(len(pairs) // config.batch_size)
-    window = noise_window(policy, algorithm, sampling, state.epoch, config.seed)
     chunks: list[Chunk] = []
     pending: list[Future[Scores]] = []
     pictures: list[Any] = []
     with Background(reward) as scorer, state.using(algorithm.sampled_with):
-        for number in world.share(numbers):
-            rows = range(number * config.batch_size, (number + 1) * config.batch_size)
-            groups = np.array([row // config.group_size for row in rows])
-            asked = [prompts[pairs[row][0]] for row in rows]
-            rollout = policy.sample(
-                [prompt.text for prompt in asked],
-                seed=config.seed,
-                samples=[pairs[row][1] for row in rows],
-                starts=[pairs[group * config.group_size][1] for group in groups] if algorithm.shared_start else None,
-                kernel=windowed(algorithm.kernel, window),
-                keep_means=algorithm.keeps_means,
-                **sampling,
-            )
-            chunk = Chunk(number, replace(rollout, images=None), groups, asked)
-            pending.append(scorer.submit(rollout.images, chunk.prompts, chunk.metadata))
-            pictures = pictures or list(rollout.images)
+        weights = state.weights() if algorithm.replay_epochs else {}
+        for chunk, images in drawn(policy, prompts, algorithm, config, sampling, state.epoch, world):
+            pending.append(scorer.submit(images, chunk.prompts, chunk.metadata))
+            pictures = pictures or list(images)
             chunks.append(chunk)
         clock.lap("time/sample")
         mine = [future.result() for future in pending]
@@ -80,7 +69,53 @@ def collect(
     state.reward_calls += len(texts)
     history = dict(state.history)
     advantages = algorithm.advantages(scores, texts, history)
-    return Batch(chunks, texts, scores, advantages, pictures, window, history)
+    window = noise_window(policy, algorithm, sampling, state.epoch, config.seed)
+    return Batch(chunks, texts, scores, advantages, pictures, window, history, weights)
+
+
+def drawn(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    algorithm: Algorithm,
+    config: TrainConfig,
+    sampling: Mapping[str, Any],
+    epoch: int,
+    world: World,
+) -> Iterator[tuple[Chunk, Any]]:
+    """This process's share of an epoch's samples and pictures, by batches: a function of seed, epoch and weights."""
+    pairs = draw(prompts, config.seed, epoch, config.samples_per_epoch, config.group_size)
+    window = noise_window(policy, algorithm, sampling, epoch, config.seed)
+    for number in world.share(range(len(pairs) // config.batch_size)):
+        rows = range(number * config.batch_size, (number + 1) * config.batch_size)
+        groups = np.array([row // config.group_size for row in rows])
+        asked = [prompts[pairs[row][0]] for row in rows]
+        rollout = policy.sample(
+            [prompt.text for prompt in asked],
+            seed=config.seed,
+            samples=[pairs[row][1] for row in rows],
+            starts=[pairs[group * config.group_size][1] for group in groups] if algorithm.shared_start else None,
+            kernel=windowed(algorithm.kernel, window),
+            keep_means=algorithm.keeps_means,
+            **sampling,
+        )
+        yield Chunk(number, replace(rollout, images=None), groups, asked, epoch), rollout.images
+
+
+def recall(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    algorithm: Algorithm,
+    config: TrainConfig,
+    sampling: Mapping[str, Any],
+    state: TrainState,
+    world: World,
+) -> None:
+    """Draw the samples of the replay buffer again, which a checkpoint does not hold."""
+    for epoch in state.buffer.epochs:
+        if epoch.chunks is None:
+            with state.holding(epoch.weights):
+                again = drawn(policy, prompts, algorithm, config, sampling, epoch.epoch, world)
+                epoch.chunks = [chunk for chunk, _ in again]
 
 
 def noise_window(

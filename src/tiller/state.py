@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tiller.algorithms.base import Algorithm
+from tiller.buffer import Earlier, ReplayBuffer
 from tiller.critic import Critic
 from tiller.policy import Policy
 from tiller.schedules import warm_up
@@ -43,6 +44,7 @@ class TrainState:
         self.followers = dict(algorithm.copies) if algorithm else {}
         self.copies = {name: self._snapshot() for name in self.followers}
         device = next(iter(self.parameters.values())).device
+        self.buffer = ReplayBuffer(algorithm.replay_epochs if algorithm else 0)
         self.critic = Critic(algorithm.critic, config.seed, device) if algorithm and algorithm.critic else None
         self._base = policy.base
         if algorithm and "reference" in algorithm.needs and policy.lora_rank is None:
@@ -71,19 +73,21 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def end_epoch(self, history: Mapping[str, list[float]]) -> None:
-        """Count an epoch, keep its statistics, and let the copies follow that do so once per epoch.
+    def end_epoch(self, history: Mapping[str, list[float]], samples: Earlier | None = None) -> None:
+        """Count an epoch, keep its statistics and samples, and let the copies follow that do so once per epoch.
 
-        An epoch that is broken off half-way leaves the statistics as they were.
+        An epoch that is broken off half-way leaves the statistics and the replay buffer as they were.
         """
         self.history = dict(history)
+        if samples is not None:
+            self.buffer.add(samples)
         self._follow("epoch", self.epoch)
         self.epoch += 1
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The running mean of the weights in the place of the weights, for the length of the block, if one is kept."""
-        with self._swapped(self.ema):
+        with self.holding(self.ema):
             yield
 
     @contextmanager
@@ -96,15 +100,20 @@ class TrainState:
             with self._base():
                 yield
             return
-        with self._swapped(self.copies[name] if name else None):
+        with self.holding(self.copies[name] if name else None):
             yield
 
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the trained parameters as they are."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
     @contextmanager
-    def _swapped(self, values: Mapping[str, Tensor] | None) -> Iterator[None]:
+    def holding(self, values: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Other values in the place of the weights, for the length of the block; None leaves them as they are."""
         if values is None:
             yield
             return
-        latest = {name: p.detach().clone() for name, p in self.parameters.items()}
+        latest = self.weights()
         self._put(values)
         try:
             yield
@@ -117,7 +126,8 @@ class TrainState:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 found[f"optimizer.{key}.{name}"] = value
-        return found | self._means() | (self.critic.tensors() if self.critic is not None else {})
+        critic = {} if self.critic is None else self.critic.tensors()
+        return found | self._means() | critic | self.buffer.tensors()
 
     def _means(self) -> dict[str, Tensor]:
         """The running mean and the copies, by the names they are saved under."""
@@ -126,6 +136,9 @@ class TrainState:
 
     def data(self) -> dict[str, Any]:
         """Counters and statistics, as plain data."""
+        return self._counters() | ({"buffer": self.buffer.data()} if self.buffer.size else {})
+
+    def _counters(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
             "updates": self.updates,
@@ -142,7 +155,7 @@ class TrainState:
             RunError: they belong to another model or to other settings.
         """
         self._check_names(tensors)
-        for key in self.data():
+        for key in self._counters():
             setattr(self, key, data[key])
         self._put({name: tensors[f"weights.{name}"] for name in self.parameters})
         for name, parameter in self.parameters.items():
@@ -161,11 +174,16 @@ class TrainState:
                 values[name] = _like(self.parameters[name], tensors[f"copy.{kind}.{name}"])
         if self.critic is not None:
             self.critic.load(tensors)
+        self.buffer.load(tensors, data.get("buffer", []))
 
     def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
         wanted = {f"weights.{name}": tuple(p.shape) for name, p in self.parameters.items()}
         wanted |= {name: tuple(value.shape) for name, value in self._means().items()}
-        own = ("optimizer.",) if self.critic is None else ("optimizer.", "critic.")
+        own = (
+            "optimizer.",
+            *(() if self.critic is None else ("critic.",)),
+            *(("buffer.",) if self.buffer.size else ()),
+        )
         given = {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith(own)}
         if wanted != given:
             odd = sorted(set(wanted.items()) ^ set(given.items()))[0][0]

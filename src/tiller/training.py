@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tiller.algorithms.base import Algorithm
+from tiller.buffer import Earlier
 from tiller.collect import Batch, collect, noise_window
 from tiller.critic import Paths, prompt_vectors
 from tiller.data import Data, check_data, open_data
@@ -90,19 +93,26 @@ def train(
         captioned = None if isinstance(source, Pairs) else source
         metrics |= update(policy, batch, algorithm, config, state, world, reward, captioned)
         clock.lap("time/update")
-        state.end_epoch(batch.history)
+        kept = Earlier(state.epoch, batch.weights, batch.scores.values, batch.advantages, batch.chunks)
+        state.end_epoch(batch.history, kept if algorithm.replay_epochs else None)
         yield _report(batch, metrics | _progress(state), clock.laps, state)
 
 
 def _fit_critic(batch: Batch, config: TrainConfig, state: TrainState, world: World) -> dict[str, float]:
-    """Train the value network on the epoch's rewards, where the algorithm has one."""
+    """Train the value network on the rewards of the epoch and of the replay buffer, where the algorithm has one."""
     if state.critic is None:
         return {}
+    epochs = [(batch.chunks, batch.scores.values)] + [(one.chunks or (), one.scores) for one in state.buffer.epochs]
     paths = [
-        Paths(chunk.number * config.batch_size, chunk.rollout.latents[:-1], prompt_vectors(chunk.rollout))
-        for chunk in batch.chunks
+        Paths(
+            place * config.samples_per_epoch + chunk.number * config.batch_size,
+            chunk.rollout.latents[:-1],
+            prompt_vectors(chunk.rollout),
+        )
+        for place, (chunks, _) in enumerate(epochs)
+        for chunk in chunks
     ]
-    return state.critic.fit(paths, batch.scores.values, state.epoch, world)
+    return state.critic.fit(paths, np.concatenate([values for _, values in epochs]), state.epoch, world)
 
 
 def _progress(state: TrainState) -> dict[str, float]:

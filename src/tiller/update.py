@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tiller.algorithms.base import Algorithm, RewardGradient
+from tiller.buffer import Earlier
 from tiller.collect import Batch
 from tiller.data import add_gradient
 from tiller.distributed import World
@@ -41,6 +42,30 @@ class Attempt:
     weights: Mapping[str, torch.Tensor]  # trained parameters, as they were and still are
 
 
+@dataclass(frozen=True)
+class Part:
+    """What an update learns from: one batch of this epoch, or of one that the replay buffer holds."""
+
+    epoch: Earlier
+    number: int  # of the batch in its epoch
+    size: int
+
+    @property
+    def chunk(self) -> Chunk | None:
+        """Its paths, if this process drew them."""
+        return next((chunk for chunk in self.epoch.chunks or () if chunk.number == self.number), None)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(B,) NaN where one is missing."""
+        return self.epoch.scores[self.number * self.size : (self.number + 1) * self.size]
+
+    @property
+    def advantages(self) -> np.ndarray:
+        """(B,) NaN where a sample is left out."""
+        return self.epoch.advantages[self.number * self.size : (self.number + 1) * self.size]
+
+
 class NotFinite(TillerError):
     """The gradient was not finite too often in a row; `attempt` is the last update that was tried."""
 
@@ -67,28 +92,35 @@ def update(
     log = Log()
     walker = Walker(policy, algorithm, state, config.seed, reward)
     per_update = config.samples_per_epoch // config.updates_per_epoch // config.batch_size
+    newest = Earlier(state.epoch, {}, batch.scores.values, batch.advantages, batch.chunks)
+    epochs = [newest, *state.buffer.epochs]
     for inner in range(algorithm.inner_epochs):
         random = np.random.default_rng((config.seed, state.epoch, inner))
-        for part in random.permutation(config.updates_per_epoch):
-            numbers = range(part * per_update, (part + 1) * per_update)
-            mine = [chunk for chunk in batch.chunks if chunk.number in numbers]
-            steps = _steps(mine[0].rollout, algorithm, batch.window, random)
-            known = np.isfinite(batch.advantages[numbers.start * config.batch_size : numbers.stop * config.batch_size])
-            if not known.any():
+        for turn in random.permutation(config.updates_per_epoch):
+            numbers = range(turn * per_update, (turn + 1) * per_update)
+            drawn = random.integers(len(epochs), size=per_update) if len(epochs) > 1 else np.zeros(per_update, int)
+            parts = [
+                Part(epochs[epoch], number, config.batch_size) for epoch, number in zip(drawn, numbers, strict=True)
+            ]
+            mine = [part for part in parts if part.chunk is not None]
+            assert mine[0].chunk is not None
+            steps = _steps(mine[0].chunk.rollout, algorithm, batch.window, random)
+            known = sum(int(np.isfinite(part.advantages).sum()) for part in parts)
+            if not known:
                 continue
             state.optimizer.zero_grad(set_to_none=True)  # an update that was broken off may have left something
-            for chunk in mine:
-                rows = slice(chunk.number * config.batch_size, (chunk.number + 1) * config.batch_size)
-                _accumulate(walker, chunk, batch.advantages[rows], steps, inner, 1 / (known.sum() * len(steps)), log)
+            for part in mine:
+                assert part.chunk is not None
+                _accumulate(walker, part.chunk, part.advantages, steps, inner, 1 / (known * len(steps)), log)
                 if data is not None and algorithm.data_weight:
-                    place = (config.seed, state.epoch, inner, int(part))
-                    log.add(_on_data(policy, data, algorithm, chunk, per_update, place))
+                    place = (config.seed, state.epoch, inner, int(turn))
+                    log.add(_on_data(policy, data, algorithm, part.chunk, per_update, place))
             world.sum_gradients(state.parameters.values())
             norm = state.step(config)
             if np.isfinite(norm):
                 log.add({"optim/grad_norm": norm})
             if state.skipped_in_a_row >= GIVE_UP_AFTER:
-                raise _sick(batch, mine, steps, inner, config, state)
+                raise _sick(mine, steps, inner, config, state)
     return log.means(world)
 
 
@@ -144,17 +176,14 @@ def _on_data(
     return add_gradient(policy, data, chunk.rollout, steps, scale, *place, chunk.number)
 
 
-def _sick(
-    batch: Batch, mine: list[Chunk], steps: list[Any], inner: int, config: TrainConfig, state: TrainState
-) -> NotFinite:
-    rows = [slice(chunk.number * config.batch_size, (chunk.number + 1) * config.batch_size) for chunk in mine]
+def _sick(mine: list[Part], steps: list[Any], inner: int, config: TrainConfig, state: TrainState) -> NotFinite:
     attempt = Attempt(
         epoch=state.epoch,
         inner=inner,
         seed=config.seed,
-        chunks=mine,
-        scores=[batch.scores.values[row] for row in rows],
-        advantages=[batch.advantages[row] for row in rows],
+        chunks=[part.chunk for part in mine if part.chunk is not None],
+        scores=[part.scores for part in mine],
+        advantages=[part.advantages for part in mine],
         steps=steps,
         not_finite=state.not_finite,
         weights={name: parameter.detach() for name, parameter in state.parameters.items()},

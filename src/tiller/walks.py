@@ -33,6 +33,12 @@ class Chunk:
     rollout: Rollout
     groups: np.ndarray  # (B,) int64: which samples were drawn for the same prompt side by side
     asked: Sequence[Prompt]  # B
+    epoch: int = 0  # in which it was drawn
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What tells it from every other chunk of the run."""
+        return self.epoch, self.number
 
     @property
     def prompts(self) -> list[str]:
@@ -72,8 +78,8 @@ class Walker:
     state: TrainState
     seed: int
     reward: Any = None  # of pictures with a graph, where the algorithm differentiates it
-    _seen: dict[tuple[str, int, int], Seen] = field(default_factory=dict)  # by copy, chunk and step
-    _adjoints: dict[int, LeanAdjoint] = field(default_factory=dict)  # by chunk
+    _seen: dict[tuple[str, tuple[int, int], int], Seen] = field(default_factory=dict)  # by copy, chunk and step
+    _adjoints: dict[tuple[int, int], LeanAdjoint] = field(default_factory=dict)  # by chunk
 
     def walk(self, chunk: Chunk, steps: Sequence[Any], inner: int, show: Shown) -> None:
         """Show the chosen steps (in a live walk: passes) of one chunk, in the inner epoch of that number."""
@@ -89,7 +95,7 @@ class Walker:
         if self.algorithm.differentiates:
             self._carry_back(chunk, min(steps) + 1)
         for name in self.algorithm.needs:
-            missing = [index for index in steps if (name, chunk.number, index) not in self._seen]
+            missing = [index for index in steps if (name, chunk.place, index) not in self._seen]
             with torch.no_grad(), self.state.using(name):
                 self.policy.replay(chunk.rollout, self._remember(name, chunk), missing)
         self.policy.replay(chunk.rollout, self._with_others(chunk, show), steps)
@@ -118,15 +124,15 @@ class Walker:
 
     def _carry_back(self, chunk: Chunk, index: int) -> None:
         """The lean adjoint of the chunk's states, from the clean latents back to state `index`."""
-        if chunk.number not in self._adjoints:
+        if chunk.place not in self._adjoints:
             place = (self.policy, self.reward, chunk.rollout, chunk.prompts, chunk.metadata)
-            self._adjoints[chunk.number] = LeanAdjoint(*place)
+            self._adjoints[chunk.place] = LeanAdjoint(*place)
         with self.state.using("reference"):
-            self._adjoints[chunk.number].back_to(index, self._remember("reference", chunk))
+            self._adjoints[chunk.place].back_to(index, self._remember("reference", chunk))
 
     def _remember(self, name: str, chunk: Chunk) -> Callable[[Step], None]:
         def on_step(step: Step) -> None:
-            self._seen[name, chunk.number, step.index] = step.seen()
+            self._seen[name, chunk.place, step.index] = step.seen()
 
         return on_step
 
@@ -138,10 +144,10 @@ class Walker:
             if critic is not None and prompts is not None:
                 step.value, step.residual = critic.value(step.sample, step.index, prompts), critic.residual
             step.groups = torch.from_numpy(chunk.groups).to(step.prediction.device)
-            if chunk.number in self._adjoints:
-                known = self._adjoints[chunk.number]
+            if chunk.place in self._adjoints:
+                known = self._adjoints[chunk.place]
                 step.adjoint, step.missing = known.states[step.index + 1], known.missing
-            step.others = {name: self._seen[name, chunk.number, step.index] for name in self.algorithm.needs}
+            step.others = {name: self._seen[name, chunk.place, step.index] for name in self.algorithm.needs}
             show(step)
 
         return on_step

@@ -29,6 +29,7 @@ def require(holds: bool, name: str, value: object, rule: str) -> None:
 
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "inner_epochs": (lambda value: value >= 1, "at least 1"),
+    "replay_epochs": (lambda value: value >= 0, "0 or more"),
     "timestep_fraction": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "advantage_clip": (lambda value: value > 0, "more than 0"),
     "clip_range": (lambda value: value is None or value >= 0, "0 or more"),
@@ -75,6 +76,7 @@ class Algorithm(ABC):
     kernel: Kernel | None = None  # how transitions are drawn; None leaves it to the policy (`Policy.sample`)
     inner_epochs: int = 1  # how often an epoch's samples are gone through
     timestep_fraction: float = 1.0  # the share of the trainable steps that is trained, drawn anew for every update
+    replay_epochs: int = 0  # of the latest epochs' samples, how many an update may draw from beside its own
     critic: CriticSettings | None = None  # the value network whose word the loss reads in `step.value`
     data_weight: float = 0.0  # of the denoising loss on captioned data, added to every update
 

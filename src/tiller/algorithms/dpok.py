@@ -34,6 +34,7 @@ class DPOK(Algorithm):
     kl_coefficient: float = 0.01  # w_k
     kl_estimator: Estimator = "prediction"  # the code's; the paper's is gaussian
     critic: CriticSettings | None = DPOK_VALUE
+    replay_epochs: int = 1  # a buffer of 1000 transitions is two rounds of the reference code
     inner_epochs: int = 5
     timestep_fraction: float = 0.1
     kernel: Kernel | None = None
