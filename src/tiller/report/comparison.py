@@ -28,7 +28,10 @@ class Row:
 
 
 def summarise(rows: Sequence[Row], split: str) -> list[dict[str, Any]]:
-    """Per variant: the means and standard deviations over its finished seeds of what the runs came to."""
+    """Per variant: means and sample standard deviations, over its finished seeds, of what the runs came to.
+
+    One seed has no deviation: None.
+    """
     summary = []
     for name in dict.fromkeys(row.name for row in rows):
         mine = [row for row in rows if row.name == name]
@@ -41,7 +44,7 @@ def summarise(rows: Sequence[Row], split: str) -> list[dict[str, Any]]:
                 "seeds": len(done),
                 "failed": len(mine) - len(done),
                 **{
-                    key: {"mean": float(np.mean(values)), "std": float(np.std(values))}
+                    key: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if values[1:] else None}
                     for key in keys
                     if (values := [one[key] for one in numbers if key in one and np.isfinite(one[key])])
                 },
@@ -82,10 +85,17 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines = ["| variant | seeds | " + " | ".join(keys) + " |", "|---" * (len(keys) + 2) + "|"]
     for one in summary:
-        cells = [f"{one[key]['mean']:.3g} ± {one[key]['std']:.2g}" if key in one else "–" for key in keys]
+        cells = [_cell(key, **one[key]) if key in one else "–" for key in keys]
         failed = f" ({one['failed']} failed)" if one["failed"] else ""
         lines.append(f"| {one['name']} | {one['seeds']}{failed} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(key: str, mean: float, std: float | None) -> str:
+    """A gain with its sign, calls and nats as whole numbers, each with as many places as its deviation."""
+    form = "+.3f" if key.endswith(" gain") else ",.0f" if key in ("KL to base", "reward calls") else ".2f"
+    spread = f" ± {std:{form.strip('+')}}" if std else ""  # every seed has the same number of reward calls
+    return f"{mean:{form}}{spread}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> Path:
