@@ -118,6 +118,21 @@ def _compare(arguments: argparse.Namespace) -> int | None:
     return compare.run(comparison, file)
 
 
+def _vote(arguments: argparse.Namespace) -> int | None:
+    from tiller.commands import vote
+
+    return vote.run(
+        Path(arguments.source),
+        against=arguments.against and Path(arguments.against),
+        votes=arguments.votes and Path(arguments.votes),
+        host=arguments.host,
+        port=arguments.port,
+        allow_remote=arguments.allow_remote,
+        seed=arguments.seed,
+        only_summary=arguments.summary,
+    )
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from tiller import doctor
 
@@ -176,6 +191,21 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="run variants of a recipe at an equal budget of reward calls")
     compare.add_argument("comparison", metavar="COMPARISON.yaml")
     _takes_overrides(compare, _compare, "settings, such as jobs=2 reward_calls=640")
+
+    vote = commands.add_parser("vote", help="let people say which of two pictures is better, on a page of this machine")
+    vote.add_argument("source", metavar="RUN", help="a run folder, a folder of tiller sample, or a .jsonl of pairs")
+    vote.add_argument(
+        "--against", metavar="DIR", help="a second folder, whose pictures of the same prompts are set beside"
+    )
+    vote.add_argument(
+        "--votes", metavar="FILE.jsonl", help="where votes go; by default into the folder or beside the file"
+    )
+    vote.add_argument("--host", default="127.0.0.1", help="the address to listen on")
+    vote.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    vote.add_argument("--allow-remote", action="store_true", help="other machines may reach the page, as --host says")
+    vote.add_argument("--seed", type=int, default=0, help="of which picture is on the left, and of a file's order")
+    vote.add_argument("--summary", action="store_true", help="say what the votes so far come to, and serve no page")
+    vote.set_defaults(command=_vote)
 
     commands.add_parser("doctor", help="check this machine").set_defaults(command=_doctor)
     return parser

@@ -1,4 +1,4 @@
-"""Preference pairs: two pictures of a prompt, of which one was chosen, from a JSONL file or a saved dataset."""
+"""Preference pairs: two pictures of a prompt, of which one was chosen, from a JSONL file, votes, or a saved dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from tiller.pretrain.data import fit, to_tensor
+from tiller.run.files import sha256
 from tiller.types import ConfigError
+from tiller.vote.ledger import is_votes_file, read
+from tiller.vote.tally import Preference, Tally, preferences
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")  # of Pick-a-Pic (Kirstain et al. 2023, arXiv 2305.01569)
 
@@ -73,15 +76,20 @@ _SAME = "{}: chosen and rejected are the same picture, which prefers nothing; re
 
 
 def open_pairs(path: Path, size: int | tuple[int, int]) -> Pairs:
-    """Pairs from a JSONL file of {"prompt", "chosen", "rejected"}, or a folder that `datasets` saved (Pick-a-Pic).
+    """Pairs from a JSONL file of {"prompt", "chosen", "rejected"}, a votes file, or a folder that `datasets` saved.
 
-    Picture paths count from the file's folder.
+    Picture paths count from the file's folder. Of votes (`tiller vote`) each pair counts once, as the majority of its
+    raters says; ties, skips and what was undone are left out. A saved dataset has Pick-a-Pic's columns.
 
     Raises:
         ConfigError: there is no such file, a line is not as it should be, or there is no pair in it.
     """
     if path.is_dir():
         found = _saved(path)
+    elif path.is_file() and is_votes_file(path):
+        found = [_voted(one, path) for one in preferences(Tally(read(path)[0])) if one.choice in ("first", "second")]
+        if not found:
+            raise ConfigError(f"{path} holds no pair on which a majority prefers one picture; vote on more pairs.")
     elif path.is_file():
         found = [
             _line(json_text, path, number)
@@ -111,6 +119,19 @@ def _line(text: str, path: Path, number: int) -> Pair:
     if filecmp.cmp(files[0], files[1], shallow=False):
         raise ConfigError(_SAME.format(where))
     return Pair(entry["prompt"], _opener(files[0]), _opener(files[1]), where)
+
+
+def _voted(preference: Preference, path: Path) -> Pair:
+    """The pair of a majority, if its pictures are those that were voted on."""
+    vote, where = preference.vote, f"{path}, vote {preference.vote.vote}"
+    files = {side: path.parent / file for side, file in (("first", vote.first), ("second", vote.second))}
+    for file, digest in zip(files.values(), (vote.first_sha256, vote.second_sha256), strict=True):
+        if not file.is_file():
+            raise ConfigError(f"{where}: there is no picture {str(file)!r}; put it back beside the votes.")
+        if sha256(file) != digest:
+            raise ConfigError(f"{where}: {str(file)!r} is not the picture that was voted on; put that one back.")
+    other = "second" if preference.choice == "first" else "first"
+    return Pair(vote.prompt, _opener(files[preference.choice]), _opener(files[other]), where)
 
 
 def _saved(path: Path) -> list[Pair]:
