@@ -26,7 +26,8 @@ BATCH = 32  # pictures; a call with more of them gets more time, in proportion
 def within(reward: Reward, seconds: float | None, stacks: Path | None = None) -> Reward:
     """The same reward, but each call runs in a daemon thread of its own and must end within some seconds.
 
-    A reward with a gradient is returned as it is: it computes, and asks nobody.
+    A reward with a gradient is returned as it is: it computes, and asks nobody. So is one that says
+    `bounds_its_time = True`, as a remote one does, which waits for its server and ends by itself.
 
     Args:
         seconds: for up to 32 pictures, and in proportion for more; None waits for ever.
@@ -35,7 +36,7 @@ def within(reward: Reward, seconds: float | None, stacks: Path | None = None) ->
     Raises (when called):
         RewardTimeout: it did not answer in time. Its thread is left behind.
     """
-    if seconds is None or differentiable(reward):
+    if seconds is None or differentiable(reward) or getattr(reward, "bounds_its_time", False):
         return reward
 
     def limited(images: list[Image], prompts: list[str], metadata: list[Mapping[str, Any]]) -> Any:

@@ -8,6 +8,7 @@ import re
 import ssl
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import SplitResult, urlsplit
@@ -133,10 +134,8 @@ def _exchange(
         connection.connect()
         connection.sock = TimedSocket(connection.sock, deadline, times.read)
         sent = {"Connection": "close", "Accept": "application/json", **headers}
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):  # a server may refuse before it has read everything
             connection.request("GET" if body is None else "POST", parts.path or "/", body, sent)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # a server may refuse before it has read everything; then its words are there to be read
         response = connection.getresponse()
         found = {name.lower(): value for name, value in response.getheaders()}
         return Answer(response.status, found, _read(response, found, cap))

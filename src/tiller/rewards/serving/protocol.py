@@ -6,6 +6,7 @@
       -> 4xx, 5xx    {"schema": 1, "error": str}
 
 `index`, `reason`, `note` and `parts` may be left out; without `index` there must be one result per picture, in order.
+Where there are `parts`, `value` is their sum.
 """
 
 from __future__ import annotations
@@ -186,7 +187,20 @@ def _result(row: Mapping[str, Any]) -> Result:
     if not isinstance(parts, dict) or not isinstance(reason, str) or not isinstance(note, str):
         raise Malformed("the answer holds a result of another shape")
     scores = {name: _number(part) for name, part in parts.items()}
-    return Result(_number(row["value"]), plain(reason, REASON), note[:NOTE], scores)
+    result = Result(_number(row["value"]), plain(reason, REASON), note[:NOTE], scores)
+    if parts and not _same(result.value, total(scores)):
+        raise Malformed("the answer holds a value that is not the sum of its parts")
+    return result
+
+
+def total(parts: Mapping[str, float | None]) -> float | None:
+    """The sum of named scores; missing where one of them is."""
+    there = [part for part in parts.values() if part is not None]
+    return math.fsum(there) if len(there) == len(parts) else None
+
+
+def _same(value: float | None, other: float | None) -> bool:
+    return value == other if value is None or other is None else math.isclose(value, other, abs_tol=1e-9)
 
 
 def _number(value: Any) -> float | None:
