@@ -72,7 +72,7 @@ def _plain(value: Any, complete: bool) -> Any:
     if isinstance(value, Chosen):
         settings = dict(value.settings)
         if complete:
-            settings = _settings(build(value)) | settings
+            settings = settings_of(build(value)) | settings
         return {"name": value.name, **settings} if settings else value.name
     if is_dataclass(value) and not isinstance(value, type):
         return to_mapping(value, complete)
@@ -83,7 +83,7 @@ def _plain(value: Any, complete: bool) -> Any:
     return value
 
 
-def _settings(instance: Any) -> dict[str, Any]:
+def settings_of(instance: Any) -> dict[str, Any]:
     """What a recipe can say about a chosen class: those of its fields that can be read back."""
     hints = get_type_hints(type(instance), include_extras=True)
     values = {entry.name: _plain(getattr(instance, entry.name), False) for entry in fields(instance) if entry.init}
@@ -122,18 +122,28 @@ def _override(cls: type, mapping: dict[str, Any], override: str) -> None:
     they say."""
     key, value = _pair(override)
     parts = key.split(".")
+    holder: Any = mapping
     for depth, part in enumerate(parts[:-1]):
-        inner = mapping.get(part)
+        place = _place(holder, part)
+        inner = holder[place] if isinstance(holder, list) else holder.get(place)
         if inner is None:
             inner = _default_choice(cls, parts[: depth + 1])
         elif isinstance(inner, str):
             inner = {"name": inner}  # `algorithm: ddpo` becomes {name: ddpo}, to take settings
-        if not isinstance(inner, dict):
+        into_a_list = isinstance(inner, list) and depth + 2 < len(parts) and _place(inner, parts[depth + 1]) is not None
+        if not isinstance(inner, dict) and not into_a_list:
             where = ".".join(parts[: depth + 1])
             raise ConfigError(f"config error: {where} is {inner!r}, so {key} cannot be set; it has no keys.")
-        mapping[part] = inner
-        mapping = inner
-    mapping[parts[-1]] = value
+        holder[place] = inner
+        holder = inner
+    holder[parts[-1]] = value
+
+
+def _place(holder: Any, part: str) -> Any:
+    """The key of a mapping, or the index in a list (`reward.1.weight`), if there is an entry of that number."""
+    if not isinstance(holder, list):
+        return part
+    return int(part) if part.isdecimal() and int(part) < len(holder) else None
 
 
 def _default_choice(cls: type, parts: Sequence[str]) -> dict[str, Any]:
@@ -144,6 +154,8 @@ def _default_choice(cls: type, parts: Sequence[str]) -> dict[str, Any]:
     entry = next((entry for entry in fields(cls) if entry.name == parts[-1]), None)
     if entry is not None and isinstance(entry.default, Chosen):
         return {"name": entry.default.name, **entry.default.settings}
+    if entry is not None and isinstance(entry.default, str):
+        return {"name": entry.default}
     return {}
 
 

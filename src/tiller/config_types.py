@@ -50,6 +50,8 @@ def parse_dataclass(cls: type, mapping: Any, key: str) -> Any:
     try:
         return cls(**values)
     except (ConfigError, ValueError) as error:
+        if str(error).startswith("config error:"):
+            raise  # it knows its place better
         raise ConfigError(f"config error: {key}: {error}" if key else f"config error: {error}") from error
 
 

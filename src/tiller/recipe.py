@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tiller.choice import Choice, Chosen
+from tiller.reward_spec import RewardSetting, check_share, read, read_reported
 from tiller.settings import TrainConfig
 from tiller.types import ConfigError
 
@@ -81,12 +82,13 @@ class Evaluation:
 
     every: int = 0  # epochs between evaluations; 0 evaluates at the start and the end only
     samples_per_prompt: int = 4
-    rewards: tuple[str, ...] = ()  # scores to report beside the trained one
+    rewards: RewardSetting = ()  # scores to report beside the trained one
     sampling: dict[str, Any] = field(default_factory=dict)  # call arguments that differ from training's
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.samples_per_prompt < 1:
             raise ConfigError("every cannot be negative, and samples_per_prompt must be at least 1.")
+        read_reported(self.rewards)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class RunSettings:
     checkpoint_every: int = 5  # epochs
     keep_last: int = 2  # checkpoints
     reward_timeout: float | None = 600.0  # seconds for 32 pictures, and in proportion for more; null waits for ever
+    max_missing: float = 0.5  # the share of an epoch's scores that may be missing before the run stops; 1 never stops
     report_to: tuple[str, ...] = ()  # tensorboard, wandb, trackio; metrics.jsonl is always written
     sample_prompts: int = 8  # pictures in the sheet that shows the run's progress
 
@@ -105,6 +108,7 @@ class RunSettings:
             raise ConfigError("checkpoint_every and keep_last must be at least 1, and sample_prompts at least 0.")
         if self.reward_timeout is not None and self.reward_timeout <= 0:
             raise ConfigError(f"reward_timeout is {self.reward_timeout}; it must be more than 0 seconds, or null.")
+        check_share(self.max_missing)
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     prompts: str = "animals"  # a built-in set, a .txt or a .jsonl file
     held_out: str | None = None  # evaluate on the held-out splits of this set, or on this file; None: of `prompts`
-    reward: str | None = "jpeg_compressibility"  # a built-in, package.module:name, or path/file.py:name; null: `data`
+    reward: RewardSetting | None = "jpeg_compressibility"  # {name, weight, ...} or a list, too; null: `data`
     data: str | None = None  # captioned pictures (a folder, or emoji), or preference pairs (a .jsonl) with reward: null
     algorithm: Annotated[Chosen, ALGORITHMS] = _DDPO
     kernel: Annotated[Chosen | None, KERNELS] = None  # None is the algorithm's own
@@ -122,3 +126,6 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: Evaluation = field(default_factory=Evaluation)
     run: RunSettings = field(default_factory=RunSettings)
+
+    def __post_init__(self) -> None:
+        read(self.reward)

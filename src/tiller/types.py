@@ -61,6 +61,7 @@ class Scores:
     values: np.ndarray  # (N,) float64, NaN = missing
     components: Mapping[str, np.ndarray] = field(default_factory=dict)  # each (N,) float64, for the log only
     reasons: Mapping[int, str] = field(default_factory=dict)  # index -> why that score is missing
+    notes: Mapping[int, str] = field(default_factory=dict)  # index -> what the reward said of it, for the log only
 
     @property
     def valid(self) -> np.ndarray:
@@ -79,4 +80,5 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
             for name in names
         },
         {int(start) + at: why for start, part in zip(starts, parts, strict=False) for at, why in part.reasons.items()},
+        {int(start) + at: note for start, part in zip(starts, parts, strict=False) for at, note in part.notes.items()},
     )

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
-from tiller import config
+from tiller import config, reward_spec
 from tiller.algorithms.base import Algorithm
 from tiller.commands import quiet
 from tiller.policy import Policy, layout
 from tiller.prompts import SETS, held_out, load
 from tiller.recipe import Model, Recipe
+from tiller.reward_spec import RewardSpec
 from tiller.rewards import Reward, resolve, within
+from tiller.rewards.mix import mix
+from tiller.rewards.resolve import complete
 from tiller.run.claim import STACKS
 from tiller.types import ConfigError, Prompt
 
@@ -99,9 +102,29 @@ def rewards(recipe: Recipe, folder: Path) -> dict[str, Reward]:
     There may be none, where preference pairs are trained on. Each must answer in the recipe's time; where one does not,
     the stacks go into the run's folder.
     """
-    trained = () if recipe.reward is None else (recipe.reward,)
-    names = dict.fromkeys((*trained, *recipe.evaluation.rewards))
-    return {name: within(resolve(name), recipe.run.reward_timeout, folder / STACKS) for name in names}
+
+    def built(spec: RewardSpec) -> Reward:
+        reward = resolve(spec.name, spec.settings, spec.key)
+        return within(reward, recipe.run.reward_timeout, folder / STACKS)
+
+    found: dict[str, Reward] = {}
+    trained, title = reward_spec.read(recipe.reward), reward_spec.heading(recipe.reward)
+    if title is not None:
+        found[title] = mix(trained, [built(spec) for spec in trained])
+    for spec in reward_spec.read_reported(recipe.evaluation.rewards):
+        same = [one for one in trained if (one.name, one.settings) == (spec.name, spec.settings)]
+        if not same or len(trained) > 1:  # else it is the trained one, which is there already
+            label = spec.label if spec.label not in found else f"{spec.label} (reported)"
+            found[label] = built(spec)
+    return found
+
+
+def record(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a run records it: with the defaults of every class it names, also of the rewards' classes."""
+    whole = config.to_mapping(recipe, complete=True)
+    whole["reward"] = complete(recipe.reward)
+    whole["evaluation"]["rewards"] = complete(recipe.evaluation.rewards)
+    return whole
 
 
 def folder(recipe: Recipe, name: str) -> Path:

@@ -28,7 +28,7 @@ def run(folder: Path, overrides: list[str]) -> int:
     after = evaluate_policy(tuned, recipe, splits, rewards)
     del tuned
     before = evaluate_policy(building.policy(recipe.model, recipe.train.seed), recipe, splits, rewards)
-    outcome = Outcome(before, after, recipe.reward or next(iter(rewards), None))
+    outcome = Outcome(before, after, next(iter(rewards), None))
     again = folder / "evaluation" / "again"
     write_scores(again / "base.json", before)
     write_scores(again / "tuned.json", after)

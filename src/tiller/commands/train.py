@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tiller import config
+from tiller import config, reward_spec
 from tiller.commands import building
 from tiller.commands.outcome import Outcome, outcome_tables
 from tiller.data import check_data, open_data
@@ -36,11 +36,11 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     folder = building.folder(recipe, name)
     prompts, rewards, algorithm = load(recipe.prompts), building.rewards(recipe, folder), building.algorithm(recipe)
     check_data(algorithm, recipe.reward, recipe.data)
-    reward = None if recipe.reward is None else rewards[recipe.reward]
+    reward = rewards.get(reward_spec.heading(recipe.reward) or "")
     splits, sampling = building.splits(recipe), building.per_picture(recipe.sampling)
     world = World()
     terminal = Terminal(recipe.train.epochs, silent=not world.is_main)
-    resolved = config.to_mapping(recipe, complete=True)
+    resolved = building.record(recipe)
     keep = recipe.run.keep_last
     with Run.open(folder, resolved, keep_last=keep, resume=resume, world=world, tell=terminal.say) as record, terminal:
         policy = building.policy(recipe.model, recipe.train.seed)
@@ -52,9 +52,8 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
         data = open_data(recipe.data, policy, algorithm, prompts, sampling)
         if not state.epoch:
             preflight(policy, prompts, reward, algorithm, sampling, recipe.train.seed, data)
-        terminal.say(
-            f"{recipe.model.name} towards {recipe.reward or recipe.data}, in {folder}, from epoch {state.epoch}"
-        )
+        wanted = reward_spec.title(recipe.reward) or recipe.data
+        terminal.say(f"{recipe.model.name} towards {wanted}, in {folder}, from epoch {state.epoch}")
         with Interrupts(record.save_last) as interrupts:
             shown = Shown(policy, recipe, prompts, record, world)
             base = _base_scores(policy, recipe, splits, rewards, folder, state)
@@ -76,7 +75,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
                 if world.is_main:
                     policy.save(folder / "model")
             if world.is_main:
-                _conclude(folder, Outcome(base, tuned, recipe.reward or next(iter(rewards), None)), moved, terminal)
+                _conclude(folder, Outcome(base, tuned, next(iter(rewards), None)), moved, terminal)
             record.finish()
     return 0
 

@@ -36,14 +36,7 @@ def score_with_graph(
         RewardError: the reward failed, or returned anything but one number per picture with a graph.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
-    try:
-        answer = reward(pictures, list(prompts), list(metadata))
-    except Exception as error:
-        raise RewardError(
-            f"reward {name} failed on {len(prompts)} picture(s) with a gradient: {type(error).__name__}: {error}; mend "
-            "it, or return NaN for a picture it cannot score."
-        ) from error
-    scores = _total(name, answer, len(prompts))
+    scores = scores_with_graph(reward, pictures, prompts, metadata)
     missing = ~scores.detach().isfinite()
     if not scores.requires_grad and not missing.all():
         raise RewardError(
@@ -54,6 +47,27 @@ def score_with_graph(
         rows = missing.to(pictures.device).view(-1, *[1] * (pictures.ndim - 1))
         pictures.register_hook(lambda gradient: gradient.masked_fill(rows, 0))
     return scores.masked_fill(missing, torch.nan)
+
+
+def scores_with_graph(
+    reward: Any, pictures: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> Tensor:
+    """(B,) what the reward returned, summed over its names; not checked for a gradient, nor for what is missing.
+
+    Raises:
+        RewardError: the reward failed, or returned anything but one number per picture.
+    """
+    name = getattr(reward, "__name__", type(reward).__name__)
+    try:
+        answer = reward(pictures, list(prompts), list(metadata))
+    except RewardError:
+        raise  # of a part of it, which is named there
+    except Exception as error:
+        raise RewardError(
+            f"reward {name} failed on {len(prompts)} picture(s) with a gradient: {type(error).__name__}: {error}; mend "
+            "it, or return NaN for a picture it cannot score."
+        ) from error
+    return _total(name, answer, len(prompts))
 
 
 def _total(name: str, answer: Any, expected: int) -> Tensor:

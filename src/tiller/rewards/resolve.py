@@ -1,4 +1,5 @@
-"""From the name of a reward to the function: a built-in, `package.module:name`, or `path/file.py:name`."""
+"""From the name of a reward to the object: a built-in, `package.module:name`, or `path/file.py:name`; where the name is
+that of a class, to an instance with the recipe's settings."""
 
 from __future__ import annotations
 
@@ -7,11 +8,17 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from tiller.rewards.contract import Reward
+from tiller.config import settings_of
+from tiller.config_types import Unknown, parse_dataclass, suggest
+from tiller.reward_spec import OWN
+from tiller.rewards.call import Reward, flag
 from tiller.types import ConfigError
 
 BUILT_IN: dict[str, str] = {
@@ -19,14 +26,47 @@ BUILT_IN: dict[str, str] = {
     "jpeg_incompressibility": "tiller.rewards.jpeg:jpeg_incompressibility",
     "emoji_gold": "tiller.emoji.judge:gold_accuracy",
     "emoji_alignment": "tiller.emoji.judge:alignment",
+    "clip_score": "tiller.rewards.scorers.clip_score:ClipScore",
+    "pick_score": "tiller.rewards.scorers.pick_score:PickScore",
+    "aesthetic": "tiller.rewards.scorers.aesthetic:Aesthetic",
 }
-"""Name -> where the function is; it is imported when it is asked for."""
+"""Name -> where the function or class is; it is imported when it is asked for."""
 
 
-def resolve(spec: str) -> Reward:
-    """The reward function that `spec` names. A path is taken from the working directory.
+def resolve(spec: str, settings: Mapping[str, Any] | None = None, key: str = "reward") -> Reward:
+    """The reward that `spec` names. A path is taken from the working directory.
 
-    Raises `ConfigError` if there is no such function or it does not take (images, prompts, metadata).
+    A class, which must be a dataclass, is called with `settings`; `key` is where in the recipe these stand.
+
+    Raises:
+        ConfigError: there is no such function or class, it does not know a setting, or does not take
+            (images, prompts, metadata).
+    """
+    return _checked(_made(find(spec), spec, settings or {}, key), spec)
+
+
+def complete(setting: Any, key: str = "reward") -> Any:
+    """A recipe's reward setting with the defaults of every scorer's class written out, as plain data.
+
+    Raises:
+        ConfigError: there is no such reward, or it does not know a setting.
+    """
+    if isinstance(setting, (list, tuple)):
+        return [complete(entry, f"{key}[{index}]") for index, entry in enumerate(setting)]
+    given = dict(setting) if isinstance(setting, Mapping) else {"name": setting}
+    found = None if setting is None else find(given["name"])
+    if not (inspect.isclass(found) and is_dataclass(found)):
+        return setting
+    settings = {name: value for name, value in given.items() if name not in OWN}
+    defaults = settings_of(_made(found, given["name"], settings, key))
+    return {**given, **defaults} if defaults or len(given) > 1 else setting
+
+
+def find(spec: str) -> Any:
+    """The function, class or instance that `spec` names, as it is.
+
+    Raises:
+        ConfigError: there is none.
     """
     place, colon, name = BUILT_IN.get(spec, spec).rpartition(":")
     if not (colon and place and name):
@@ -37,7 +77,27 @@ def resolve(spec: str) -> Reward:
         close = get_close_matches(name, functions, n=1)
         hint = f"did you mean {place}:{close[0]}?" if close else f"it has {', '.join(functions) or 'none'}."
         raise ConfigError(f"the reward {spec!r} is unknown: {place} has no {name!r}; {hint}")
-    return _checked(getattr(module, name), spec)
+    return getattr(module, name)
+
+
+def _made(found: Any, spec: str, settings: Mapping[str, Any], key: str) -> Any:
+    """An instance of a class, with its settings; whatever else was found has none."""
+    if inspect.isclass(found) and is_dataclass(found):
+        try:
+            return parse_dataclass(found, settings, key)
+        except Unknown as error:
+            raise ConfigError(_unknown(error.key.removeprefix(f"{key}."), spec, error.siblings, key)) from None
+    if settings:
+        raise ConfigError(_unknown(next(iter(settings)), spec, (), key))
+    return found
+
+
+def _unknown(name: str, spec: str, settings: Sequence[str], key: str) -> str:
+    """`config error: reward.modle is unknown; did you mean reward.model?`"""
+    if close := suggest(name, [*settings, *OWN]):
+        return f"config error: {key}.{name} is unknown; did you mean {key}.{close}?"
+    taken = f"{spec} takes {', '.join(settings)}" if settings else f"{spec} takes no settings"
+    return f"config error: {key}.{name} is unknown; {taken}, beside {', '.join(OWN)}."
 
 
 def _suggestion(spec: str) -> str:
@@ -89,16 +149,16 @@ def _checked(reward: object, spec: str) -> Reward:
         raise ConfigError(
             f"the reward {spec!r} is not a function but a "
             f"{'class' if inspect.isclass(reward) else type(reward).__name__}; "
-            "name a function, or an instance that can be called."
+            "name a function, a dataclass whose instances can be called, or such an instance."
         )
     try:
         signature = inspect.signature(reward)
     except ValueError:  # some functions written in C do not tell
         return reward
+    pairwise = flag(reward, "pairwise")
     try:
-        signature.bind([], [], [])
+        signature.bind(*[[]] * (4 if pairwise else 3))
     except TypeError as error:
-        raise ConfigError(
-            f"the reward {spec!r} takes {signature}; a reward takes (images, prompts, metadata)."
-        ) from error
+        wanted = "a pairwise reward takes (first, second," if pairwise else "a reward takes (images,"
+        raise ConfigError(f"the reward {spec!r} takes {signature}; {wanted} prompts, metadata).") from error
     return reward

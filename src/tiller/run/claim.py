@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tiller import yaml_text
+from tiller import reward_spec, yaml_text
 from tiller.run import identity
 from tiller.run.files import read_json, remove_temporary, replace_file, to_json, writing
 from tiller.types import RunError
@@ -17,7 +17,7 @@ METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 STACKS = "stacks.txt"
 BEGINNING = {CONFIG, IDENTITY, ENVIRONMENT, STACKS}  # what a run writes before there is anything to lose
 VIEWS = {"tensorboard", "wandb"}  # trackers' folders: made before the first update, and never read
-SETTING = {"model": "model.name", "prompts": "prompts", "data": "data", "reward": "reward"}
+SETTING = {"model": "model.name"}
 
 
 def claim(folder: Path, recipe: Mapping[str, Any], saved: bool, resume: bool) -> None:
@@ -89,10 +89,11 @@ def identify(folder: Path, recipe: Mapping[str, Any], found: Mapping[str, str]) 
         raise RunError(f"{folder} has format {known['format']} and this tiller reads {FORMAT}; update tiller.")
     for name, value in found.items():
         if known.get(name, value) != value:
-            setting = recipe.get("model", {}).get("name") if name == "model" else recipe.get(name)
+            named = {spec.key: spec.name for spec in reward_spec.read(recipe.get("reward"))}
+            setting = recipe.get("model", {}).get("name") if name == "model" else named.get(name) or recipe.get(name)
             raise RunError(
-                f"{folder} was begun with another {SETTING[name]}: {setting} has changed since; choose another "
-                "run.output_dir, or put back what it was."
+                f"{folder} was begun with another {SETTING.get(name, name)}: {setting} has changed since; choose "
+                "another run.output_dir, or put back what it was."
             )
     if not path.exists() or not set(found) <= set(known):
         replace_file(path, to_json({**known, **found}))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tiller import reward_spec
 from tiller.policy import Policy, seam
 from tiller.run.files import sha256
 
@@ -40,9 +41,9 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def files(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of every file that decides what is learned: prompts, preference pairs, and a reward's source."""
-    paths = {name: str(recipe.get(name) or "") for name in ("prompts", "data", "reward")}
-    paths["reward"] = paths["reward"].rpartition(":")[0]
+    """The hash of every file that decides what is learned: prompts, preference pairs, and the rewards' sources."""
+    paths = {name: str(recipe.get(name) or "") for name in ("prompts", "data")}
+    paths |= {spec.key: spec.name.rpartition(":")[0] for spec in reward_spec.read(recipe.get("reward"))}
     return {name: sha256(Path(path)) for name, path in paths.items() if Path(path).suffix and Path(path).is_file()}
 
 
