@@ -155,7 +155,9 @@ class ChatModel:
     def _alive(self, headers: Mapping[str, str]) -> bool:
         """Whether anything answers at the address; what it says does not matter."""
         try:
-            return exchange(f"{self.url.rstrip('/')}/models", None, headers, self.times, MEBIBYTE).status not in AWAY
+            limit = min(5.0, self.times.total)
+            found = exchange(f"{self.url.rstrip('/')}/models", None, headers, Times(limit, limit, limit), MEBIBYTE)
+            return found.status not in AWAY
         except Fault as fault:
             return fault.answered
 

@@ -29,7 +29,7 @@ from tiller.rewards.serving.protocol import Malformed, Result, plain
 from tiller.types import ConfigError, RewardError, Score
 
 PER_RESULT = 64 * 1024  # bytes of an answer, beside one mebibyte
-HEALTH = Times(connect=5.0, read=5.0, total=5.0)
+HEALTH = 5.0  # seconds to say that it is there
 logger = logging.getLogger(__name__)
 
 
@@ -124,8 +124,10 @@ class Server:
     def alive(self) -> bool:
         """Whether anything answers there."""
         self.watch()
+        limit = min(HEALTH, self.times.total)
         try:
-            return exchange(f"{self.url.rstrip('/')}/health", None, {}, HEALTH, MEBIBYTE).status not in AWAY
+            answer = exchange(f"{self.url.rstrip('/')}/health", None, {}, Times(limit, limit, limit), MEBIBYTE)
+            return answer.status not in AWAY
         except Fault as fault:
             return fault.answered
 

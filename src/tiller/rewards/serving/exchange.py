@@ -130,9 +130,10 @@ def _exchange(
     assert parts.hostname is not None  # check_address
     left = max(0.001, min(times.connect, deadline - time.monotonic()))
     connection = kind(parts.hostname, parts.port, timeout=left)
+    connection.connect()
+    opened = connection.sock
     try:
-        connection.connect()
-        connection.sock = TimedSocket(connection.sock, deadline, times.read)
+        connection.sock = TimedSocket(opened, deadline, times.read)
         sent = {"Connection": "close", "Accept": "application/json", **headers}
         with suppress(BrokenPipeError, ConnectionResetError):  # a server may refuse before it has read everything
             connection.request("GET" if body is None else "POST", parts.path or "/", body, sent)
@@ -140,7 +141,7 @@ def _exchange(
         found = {name.lower(): value for name, value in response.getheaders()}
         return Answer(response.status, found, _read(response, found, cap))
     finally:
-        connection.close()
+        opened.close()
 
 
 def _read(response: http.client.HTTPResponse, headers: Mapping[str, str], cap: int) -> bytes:

@@ -40,8 +40,7 @@ class TimedSocket:
         return io.BufferedReader(TimedReader(self._connection, self._deadline, self._silence))
 
     def close(self) -> None:
-        """Close the connection, whoever still reads."""
-        self._connection.close()
+        """Nothing: `http.client` closes as soon as it has read the head. Whoever opened the connection closes it."""
 
 
 def remaining(deadline: float) -> float:
