@@ -43,6 +43,40 @@ def clip(folder: Path, **config: Any) -> Any:
     return model
 
 
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def llava(folder: Path, chat: str | None = CHAT) -> Any:
+    """LLaVA: CLIP's picture tower of three layers, a Llama of two, 16 picture tokens, one token per letter."""
+    tokenizer = parts.qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = None
+    mark = tokenizer.convert_tokens_to_ids("<image>")
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, "num_hidden_layers": 3, **size}
+    text = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=2, num_key_value_heads=1, pad_token_id=0, **size
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=mark)
+    model = spread(parts.seeded(transformers.LlavaForConditionalGeneration, config))
+    model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    transformers.LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat,
+    ).save_pretrained(folder)
+    return model
+
+
 def spread(model: Any) -> Any:
     """The same model with weights large enough that what it says depends on what it is shown."""
     generator = torch.Generator().manual_seed(1)
