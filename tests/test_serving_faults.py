@@ -289,10 +289,10 @@ def test_another_reward_behind_the_address_is_told(caplog: pytest.LogCaptureFixt
 
 def test_the_token_comes_from_the_environment_and_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     with stub.stub(well) as server:
-        reward = Remote(server.url, token_env="A_TOKEN")
         with pytest.raises(ConfigError, match="A_TOKEN, and it is not set"):
-            reward(PICTURES, PROMPTS, METADATA)
+            Remote(server.url, token_env="A_TOKEN")
         monkeypatch.setenv("A_TOKEN", "hidden-42")
+        reward = Remote(server.url, token_env="A_TOKEN")
         reward(PICTURES, PROMPTS, METADATA)
         assert server.talks[0].headers["authorization"] == "Bearer hidden-42"
         assert "hidden" not in repr(reward) + repr(reward._server)

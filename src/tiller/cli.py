@@ -133,6 +133,25 @@ def _vote(arguments: argparse.Namespace) -> int | None:
     )
 
 
+def _serve(arguments: argparse.Namespace) -> int | None:
+    from tiller import config
+
+    settings = config.parse_pairs(arguments.overrides)
+    from tiller.commands import serve
+
+    return serve.run(
+        arguments.reward,
+        settings,
+        host=arguments.host,
+        port=arguments.port,
+        token=arguments.token,
+        token_env=arguments.token_env,
+        hosts=arguments.allow_host or (),
+        calls=arguments.calls,
+        timeout=arguments.timeout,
+    )
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from tiller import doctor
 
@@ -206,6 +225,19 @@ def _parser() -> argparse.ArgumentParser:
     vote.add_argument("--seed", type=int, default=0, help="of which picture is on the left, and of a file's order")
     vote.add_argument("--summary", action="store_true", help="say what the votes so far come to, and serve no page")
     vote.set_defaults(command=_vote)
+
+    serve = commands.add_parser("serve", help="put a reward behind HTTP, for runs elsewhere")
+    serve.add_argument("reward", metavar="REWARD", help="a built-in, package.module:name, or path/file.py:name")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on; any but the loopback needs a token"
+    )
+    serve.add_argument("--port", type=int, default=8700, help="0 takes a free one")
+    serve.add_argument("--token-env", metavar="NAME", help="the environment variable with the token that clients give")
+    serve.add_argument("--token", help="the token itself, which every user of this machine can see in the process list")
+    serve.add_argument("--allow-host", action="append", metavar="NAME", help="a further name of this server")
+    serve.add_argument("--calls", type=int, default=1, metavar="N", help="calls of the reward at once")
+    serve.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one request")
+    _takes_overrides(serve, _serve, "settings of the reward, such as model=some/path")
 
     commands.add_parser("doctor", help="check this machine").set_defaults(command=_doctor)
     return parser

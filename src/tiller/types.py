@@ -29,6 +29,10 @@ class RewardTimeout(RewardError):
     """A reward function did not answer in time; threads of it may still hang."""
 
 
+class ServiceError(RewardError):
+    """The server behind a reward is away or refuses; the message says all there is to say."""
+
+
 class PipelineError(TillerError):
     """A pipeline cannot be loaded, driven or trained."""
 

@@ -15,7 +15,7 @@ import torch
 
 from tiller.rewards.gradient import as_tensor, differentiable
 from tiller.rewards.redact import redacted
-from tiller.types import RewardError, RewardTimeout
+from tiller.types import RewardError, RewardTimeout, ServiceError
 
 Reward = Callable[..., Any]
 """What a reward is: `(images, prompts, metadata)` to N entries, or to a mapping from names to N entries each. An entry
@@ -29,6 +29,7 @@ FLAGS = {
     "pairwise": "is called as (first, second, prompts, metadata), and returns the probability that the first is better",
     "symmetric": "of a pairwise one: p(a, b) is 1 - p(b, a), so that each pair is asked about once",
     "workers": "how many calls it allows at once; 1, if it does not say",
+    "bounds_its_time": "ends each call by itself, so that run.reward_timeout does not count",
 }
 """The attributes a reward may carry, and what each one says."""
 
@@ -67,7 +68,7 @@ def call(reward: Reward, pictures: Sequence[list[Any]], prompts: list[str], meta
                 return reward(*map(as_tensor, pictures), prompts, metadata)
         result = reward(*pictures, prompts, metadata)
         return _wait(result) if inspect.iscoroutine(result) else result
-    except RewardTimeout:
+    except (RewardTimeout, ServiceError):
         raise
     except Exception as error:
         different = list(dict.fromkeys(prompts))

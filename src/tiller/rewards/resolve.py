@@ -29,6 +29,8 @@ BUILT_IN: dict[str, str] = {
     "clip_score": "tiller.rewards.scorers.clip_score:ClipScore",
     "pick_score": "tiller.rewards.scorers.pick_score:PickScore",
     "aesthetic": "tiller.rewards.scorers.aesthetic:Aesthetic",
+    "remote": "tiller.rewards.serving.client:Remote",
+    "in_venv": "tiller.rewards.serving.venv:InVenv",
 }
 """Name -> where the function or class is; it is imported when it is asked for."""
 
@@ -42,7 +44,17 @@ def resolve(spec: str, settings: Mapping[str, Any] | None = None, key: str = "re
         ConfigError: there is no such function or class, it does not know a setting, or does not take
             (images, prompts, metadata).
     """
-    return _checked(_made(find(spec), spec, settings or {}, key), spec)
+    name, long = _spelt_out(spec, settings or {})
+    return _checked(_made(find(name), name, long, key), spec)
+
+
+def _spelt_out(spec: str, settings: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """An address is short for a remote reward, and a reward with a `python` of its own for one in that environment."""
+    if spec.startswith(("http://", "https://")):
+        return "remote", {"url": spec, **settings}
+    if "python" in settings and spec != "in_venv":
+        return "in_venv", {"reward": spec, **settings}
+    return spec, settings
 
 
 def complete(setting: Any, key: str = "reward") -> Any:
@@ -54,11 +66,13 @@ def complete(setting: Any, key: str = "reward") -> Any:
     if isinstance(setting, (list, tuple)):
         return [complete(entry, f"{key}[{index}]") for index, entry in enumerate(setting)]
     given = dict(setting) if isinstance(setting, Mapping) else {"name": setting}
-    found = None if setting is None else find(given["name"])
+    if setting is None:
+        return None
+    name, settings = _spelt_out(given["name"], {own: value for own, value in given.items() if own not in OWN})
+    found = find(name)
     if not (inspect.isclass(found) and is_dataclass(found)):
         return setting
-    settings = {name: value for name, value in given.items() if name not in OWN}
-    defaults = settings_of(_made(found, given["name"], settings, key))
+    defaults = settings_of(_made(found, name, settings, key))
     return {**given, **defaults} if defaults or len(given) > 1 else setting
 
 

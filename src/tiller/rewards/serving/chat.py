@@ -75,7 +75,7 @@ class ChatModel:
     """A chat model at `url`/chat/completions. Each question is a request of its own.
 
     Raises (when asked):
-        RewardError: the server is away for longer than the budget, or refuses every question alike (a wrong token,
+        ServiceError: the server is away for longer than the budget, or refuses every question alike (a wrong token,
             an unknown model).
     """
 
@@ -93,6 +93,7 @@ class ChatModel:
 
     def __post_init__(self) -> None:
         check_address(self.url)
+        bearer(self.token_env)
         if self.picture not in FORMATS:
             raise ConfigError(f"config error: picture is {self.picture!r}; give one of {', '.join(FORMATS)}.")
         if taken := [key for key in TAKEN if key in self.extra]:

@@ -26,7 +26,7 @@ from tiller.rewards.serving.exchange import (
 )
 from tiller.rewards.serving.persistence import Asking, Failure, Persistence
 from tiller.rewards.serving.protocol import Malformed, Result, plain
-from tiller.types import ConfigError, RewardError, Score
+from tiller.types import ConfigError, Score, ServiceError
 
 PER_RESULT = 64 * 1024  # bytes of an answer, beside one mebibyte
 HEALTH = 5.0  # seconds to say that it is there
@@ -54,7 +54,7 @@ class Server:
         """One score per picture, or named ones; missing with a reason where the server gave none in its time.
 
         Raises:
-            RewardError: it is away for longer than the budget, or refuses.
+            ServiceError: it is away for longer than the budget, or refuses.
         """
 
         def ask(numbers: list[int], deadline: float) -> Mapping[int, Result]:
@@ -80,7 +80,7 @@ class Server:
         try:
             body = protocol.write_request(images, prompts, metadata, self.picture)
         except (TypeError, ValueError) as error:
-            raise RewardError(f"the prompts' metadata cannot be sent to {self.service} as JSON: {error}.") from error
+            raise ServiceError(f"the prompts' metadata cannot be sent to {self.service} as JSON: {error}.") from error
         headers = {"Content-Type": "application/json", **self.headers}
         cap = MEBIBYTE + PER_RESULT * len(images)
         answer = exchange(f"{self.url.rstrip('/')}/v1/score", body, headers, self.times, cap, deadline)
@@ -165,8 +165,7 @@ class Remote:
     """The reward behind an address, as `tiller serve` puts it there.
 
     Raises (when called):
-        RewardError: the server is away for longer than the budget, or refuses.
-        ConfigError: the environment variable is not set.
+        ServiceError: the server is away for longer than the budget, or refuses.
     """
 
     url: str  # such as http://127.0.0.1:8700
@@ -186,6 +185,7 @@ class Remote:
 
     def __post_init__(self) -> None:
         check_address(self.url)
+        bearer(self.token_env)
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1.")
         Times(self.connect_timeout, self.read_timeout, self.timeout)

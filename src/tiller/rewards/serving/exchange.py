@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import SplitResult, urlsplit
 
 from tiller.rewards.serving.timed import TimedSocket
-from tiller.types import ConfigError, RewardError
+from tiller.types import ConfigError, ServiceError
 
 AWAY = {502, 503, 504}  # what a gateway says of a server that is not there
 AGAIN = {408, 425, 429, 500} | AWAY  # worth another try
@@ -31,7 +31,7 @@ class Fault(Exception):
         self.wait = wait  # seconds that it asks for
 
 
-class Refusal(RewardError):
+class Refusal(ServiceError):
     """An answer that stays the same however often one asks: a wrong token, a wrong address, another schema."""
 
 

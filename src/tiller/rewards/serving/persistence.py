@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from tiller.rewards.serving.exchange import Fault
 from tiller.rewards.serving.together import together
-from tiller.types import ConfigError, RewardError
+from tiller.types import ConfigError, ServiceError
 
 T = TypeVar("T")
 STRIKES = 2  # rounds of retries that one batch may cost while the server lives
@@ -80,7 +80,7 @@ class Asking(Generic[T]):
         """One answer or failure per question, in order.
 
         Raises:
-            RewardError: the service was away for `budget` seconds; or whatever `ask` says cannot be mended by asking.
+            ServiceError: the service was away for `budget` seconds; or whatever `ask` says cannot be mended by asking.
         """
         strikes: Counter[int] = Counter()
         try:
@@ -129,7 +129,7 @@ class Asking(Generic[T]):
         return fault
 
     def _wait(self, fault: Fault) -> None:
-        """Until the server is there again; says so. Raises RewardError when the budget is spent."""
+        """Until the server is there again; says so. Raises ServiceError when the budget is spent."""
         began = time.monotonic()
         pause = min(self._settings.longest_wait, self._settings.backoff * 2**self._settings.retries)
         while (left := self._deadline - time.monotonic()) > 0:
@@ -143,7 +143,7 @@ class Asking(Generic[T]):
                 logger.warning(f"{self._service} answers again, after {duration(time.monotonic() - began)}; going on")
                 return
             pause = min(2 * pause, self._settings.longest_wait)
-        raise RewardError(
+        raise ServiceError(
             f"{self._service} gave no answer for {duration(self._settings.budget)} ({fault.reason}); start it again, "
             "and then the same command, which goes on from the last checkpoint."
         ) from fault

@@ -28,7 +28,7 @@ from tiller.rewards.serving.client import Server
 from tiller.rewards.serving.exchange import Times
 from tiller.rewards.serving.persistence import Persistence
 from tiller.rewards.serving.protocol import Limits, plain
-from tiller.types import ConfigError, RewardError, Score
+from tiller.types import ConfigError, Score, ServiceError
 
 LINES = 12  # of the child's stderr that an error shows
 LIMITS = Limits(body=2**30, pictures=4096, total_pixels=2**30)  # we ask ourselves
@@ -47,7 +47,7 @@ class InVenv:
     environment needs Python 3.10 and Pillow, and nothing of tiller.
 
     Raises (when called):
-        RewardError: the child does not start, or dies twice in one call; with the last lines of its stderr.
+        ServiceError: the child does not start, or dies twice in one call; with the last lines of its stderr.
     """
 
     reward: str  # package.module:name in that environment, or path/file.py:name; a class is called with `settings`
@@ -92,7 +92,7 @@ class InVenv:
         try:
             return server(images, prompts, metadata)
         except Died:
-            raise RewardError(f"{self._child.service} died twice{self._child.last_words()}") from None
+            raise ServiceError(f"{self._child.service} died twice{self._child.last_words()}") from None
 
     @cached_property
     def _child(self) -> Child:
@@ -114,7 +114,7 @@ class Child:
         """The running child's server; it is started if there is none.
 
         Raises:
-            RewardError: it does not start.
+            ServiceError: it does not start.
         """
         with self._lock:
             if self._process is None or self._process.poll() is not None or self._server is None:
@@ -130,7 +130,7 @@ class Child:
         if "port" not in said:
             _end(process)
             why = f": {plain(str(said['error']), 300)}" if "error" in said else ""
-            raise RewardError(f"{self.service} does not start{why}{self.last_words()}")
+            raise ServiceError(f"{self.service} does not start{why}{self.last_words()}")
 
         def watch() -> None:
             if process.poll() is not None:
