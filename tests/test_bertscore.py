@@ -12,35 +12,15 @@ import tiny_parts as parts
 from tiller.rewards.judge.bertscore import Match, bertscore, inverse_document_frequency, rescaled
 from tiller.rewards.judge.encoder import DEFAULT_MODEL, BertScorer, TextEncoder
 from tiller.types import ConfigError
+from tiny_bert import SIZES, tiny_bert
 
 CANDIDATES = ["a cat rides a bike", "a dog", "The image shows two sheep playing chess on a table."]
 REFERENCES = ["The image contains a cat riding a bike", "a dog", "The image contains a bee"]
 
 
-def vocabulary() -> dict[str, int]:
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,"
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    return {piece: index for index, piece in enumerate(pieces)}
-
-
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> str:
-    """A BERT of three layers with random weights, in a folder."""
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = transformers.BertTokenizer(vocab=vocabulary(), do_lower_case=True, model_max_length=64)
-    config = transformers.BertConfig(vocab_size=len(vocabulary()), initializer_range=0.5, **SIZES)
-    parts.seeded(transformers.BertForMaskedLM, config).save_pretrained(folder)  # without a pooler, as RoBERTa's are
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return tiny_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,9 @@ BUILT_IN: dict[str, str] = {
     "clip_score": "tiller.rewards.scorers.clip_score:ClipScore",
     "pick_score": "tiller.rewards.scorers.pick_score:PickScore",
     "aesthetic": "tiller.rewards.scorers.aesthetic:Aesthetic",
+    "vlm_alignment": "tiller.rewards.judge.describe:VLMAlignment",
+    "vlm_counting": "tiller.rewards.judge.questions:VLMCounting",
+    "vlm_questions": "tiller.rewards.judge.questions:VLMQuestions",
     "remote": "tiller.rewards.serving.client:Remote",
     "in_venv": "tiller.rewards.serving.venv:InVenv",
 }

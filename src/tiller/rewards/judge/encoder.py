@@ -112,9 +112,8 @@ class TextEncoder:
             raise ConfigError(f"{self.model} has {count} layers, so layer cannot be {depth}; give 0 to {count}.")
         kind: Any = AutoModel._model_mapping[type(config)]
         # a pooler is never read, and checkpoints of masked language models have none
-        plain = (
-            {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
-        )
+        has_pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+        plain: dict[str, Any] = {"add_pooling_layer": False} if has_pooler else {}
         model = load_model(kind, self.model, revision, self.device, **plain)
         model = model.get_encoder() if config.is_encoder_decoder else model
         stack = getattr(getattr(model, "encoder", None), "layer", None)
