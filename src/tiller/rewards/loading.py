@@ -8,7 +8,7 @@ never even fetched. What the hub said at that revision is then read as a local f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ PINNED: dict[str, str] = {
     "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
     "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+    "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
     "Qwen/Qwen2-VL-2B-Instruct": "895c3a49bc3fa70a340399125c650a463535e71c",
     "Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db0ac",
     "MizzenAI/HPSv3": "4f81e3e09edd82fe3c5f636444c721b592a735ca",
@@ -96,11 +97,37 @@ def load_model(
         ),
         model,
     )
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            f"the weights of {model!r} lack {missing[0]} (and {len(missing) - 1} more), so {kind.__name__} would score "
-            "with random ones; name a model of that architecture."
-        )
+    _check_whole(report, kind, model)
+    return network.to(place).eval().requires_grad_(False)
+
+
+def fill_model(
+    kind: Any, config: Any, tensors: Mapping[str, Tensor], file: str, device: str, dtype: str, **settings: Any
+) -> Any:
+    """The same from a configuration and tensors by the names of transformers, where the weights have another home.
+
+    Args:
+        kind: a class of transformers.
+        tensors: name -> weight, every one that the architecture has and no other.
+        file: where they come from, for messages.
+
+    Raises:
+        ConfigError: a weight is missing, is too many, or has another shape.
+    """
+    place = choose_device(device)
+    network, report = _read(
+        lambda: kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            dtype=choose_dtype(dtype, place),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **settings,
+        ),
+        file,
+    )
+    _check_whole(report, kind, file)
     return network.to(place).eval().requires_grad_(False)
 
 
@@ -201,6 +228,21 @@ def _check_kind(kind: Any, folder: Path, model: str) -> None:
     wanted = getattr(getattr(kind, "config_class", None), "model_type", held)
     if held != wanted:
         raise ConfigError(f"{model!r} is a model of the kind {held!r}, but {kind.__name__} reads {wanted!r}; name one.")
+
+
+def _check_whole(report: Mapping[str, Any], kind: Any, model: str) -> None:
+    """Refuse weights that do not fill the architecture: transformers would fill the rest with random ones."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"the weights of {model!r} lack {missing[0]} (and {len(missing) - 1} more), so {kind.__name__} would score "
+            "with random ones; name a model of that architecture."
+        )
+    for name, held, wanted in sorted(report.get("mismatched_keys") or ()):
+        raise ConfigError(
+            f"the weights of {model!r} have {name} as {tuple(held)}, but {kind.__name__} wants {tuple(wanted)}; name a "
+            "model of that size."
+        )
 
 
 def _no_weights(folder: Path, model: str) -> str:

@@ -50,6 +50,12 @@ def resize(pictures: Tensor, height: int, width: int) -> Tensor:
     return pictures
 
 
+def _resized(image: Image.Image, height: int, width: int) -> Tensor:
+    """One PIL picture, resized, as (3, height, width) in [0, 1]."""
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
 @dataclass(frozen=True)
 class Pixels:
     """What a CLIP-like network wants to see: squares of `side` pixels, normalised per channel."""
@@ -61,29 +67,36 @@ class Pixels:
 
     def cropped(self, pictures: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] to (N, 3, side, side): the shorter edge resized to `short`, the middle cut out."""
-        height, width = pictures.shape[-2:]
-        scale = (self.short or self.side) / min(height, width)
-        # the longer edge is cut to whole pixels, as transformers and torchvision do
-        pictures = resize(pictures, *(int(length * scale + 1e-9) for length in (height, width)))
-        top, left = ((length - self.side) // 2 for length in pictures.shape[-2:])
-        return self.normalised(pictures[..., top : top + self.side, left : left + self.side])
+        return self.normalised(self._middle(resize(pictures, *self._around(*pictures.shape[-2:]))))
 
     def padded(self, pictures: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] to (N, 3, side, side): the longer edge resized, black added on both sides."""
         pictures = resize(pictures, *self._inside(*pictures.shape[-2:]))
         return self.normalised(self._on_black(pictures))
 
+    def cropped_picture(self, image: Image.Image) -> Tensor:
+        """One PIL picture as `cropped` does it, (3, side, side), resized by PIL."""
+        height, width = self._around(image.height, image.width)
+        return self.normalised(self._middle(_resized(image, height, width)))
+
     def padded_picture(self, image: Image.Image) -> Tensor:
         """One PIL picture as `padded` does it, (3, side, side), resized by PIL."""
         height, width = self._inside(image.height, image.width)
-        small = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).permute(2, 0, 1)
-        return self.normalised(self._on_black(pixels))
+        return self.normalised(self._on_black(_resized(image, height, width)))
 
     def normalised(self, pictures: Tensor) -> Tensor:
         """(..., 3, h, w) in [0, 1], less the mean and over the standard deviation of each channel."""
         mean, std = (pictures.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pictures - mean) / std
+
+    def _around(self, height: int, width: int) -> tuple[int, int]:
+        """The longer edge cut to whole pixels, as transformers and torchvision do."""
+        short, shorter = self.short or self.side, min(height, width)
+        return height * short // shorter, width * short // shorter
+
+    def _middle(self, pictures: Tensor) -> Tensor:
+        top, left = ((length - self.side) // 2 for length in pictures.shape[-2:])
+        return pictures[..., top : top + self.side, left : left + self.side]
 
     def _inside(self, height: int, width: int) -> tuple[int, int]:
         scale = self.side / max(height, width)
