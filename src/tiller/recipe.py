@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tiller.choice import Choice, Chosen
 from tiller.reward_spec import RewardSetting, check_share, read, read_reported
-from tiller.settings import TrainConfig
+from tiller.settings import MonitorRules, TrainConfig
 from tiller.types import ConfigError
 
 ALGORITHMS = Choice(
@@ -80,14 +80,16 @@ class Model:
 class Evaluation:
     """How base and tuned model are compared: the same prompts and the same initial noise for both."""
 
-    every: int = 0  # epochs between evaluations; 0 evaluates at the start and the end only
-    samples_per_prompt: int = 4
+    every: int = 10  # epochs between evaluations during the run; 0 evaluates at the start and the end only
+    pictures: int = 16  # of every split that are looked at during the run
+    samples_per_prompt: int = 4  # at the start and the end
     rewards: RewardSetting = ()  # scores to report beside the trained one
     sampling: dict[str, Any] = field(default_factory=dict)  # call arguments that differ from training's
+    monitor: MonitorRules = field(default_factory=MonitorRules)  # what is done about over-optimisation
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.samples_per_prompt < 1:
-            raise ConfigError("every cannot be negative, and samples_per_prompt must be at least 1.")
+        if self.every < 0 or min(self.samples_per_prompt, self.pictures) < 1:
+            raise ConfigError("every cannot be negative, and samples_per_prompt and pictures must be at least 1.")
         read_reported(self.rewards)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tiller.types import ConfigError
 
@@ -59,3 +60,23 @@ def _whole(value: int, unit_name: str, unit: int) -> None:
     if value % unit:
         near = max(1, (value + unit // 2) // unit) * unit
         raise ConfigError(f"samples_per_epoch is {value}, which is no multiple of {unit_name} ({unit}); {near} is.")
+
+
+@dataclass(frozen=True)
+class MonitorRules:
+    """What counts as lost while the reward rises, and what to do then (`tiller.evaluation.monitor`)."""
+
+    action: Literal["warn", "stop", "roll_back", "lower_rate", "off"] = "warn"
+    patience: int = 2  # evaluations in a row that must find something before more is done than to warn
+    lost: float = 0.0  # a reward that is not trained: by more than this, in its own unit, with 95 % certainty
+    diversity: float = 0.5  # the share of the base model's that must be left
+    kl: float | None = None  # nats per picture that the paths may move
+    edges: float = 0.5  # relative change of the pictures' edges, either way
+    blank: float = 0.3  # how much larger the blank share of the pictures may become
+    rate_factor: float = 0.5  # what the learning rate is multiplied by, for lower_rate
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or not 0 < self.rate_factor < 1:
+            raise ConfigError("patience must be at least 1, and rate_factor between 0 and 1.")
+        if min(self.lost, self.diversity, self.edges, self.blank, self.kl or 0.0) < 0:
+            raise ConfigError("lost, diversity, kl, edges and blank cannot be negative.")

@@ -103,6 +103,12 @@ class TrainState:
         with self.holding(self.copies[name] if name else None):
             yield
 
+    def replace_weights(self, values: Mapping[str, Tensor]) -> None:
+        """Go on from other values, also of the running mean; the optimiser's moments stay."""
+        self._put(values)
+        if self.ema is not None:
+            self.ema = self._snapshot()
+
     def weights(self) -> dict[str, Tensor]:
         """A copy of the trained parameters as they are."""
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

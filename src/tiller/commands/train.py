@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from tiller import config, reward_spec
+from tiller.algorithms.base import Algorithm
 from tiller.commands import building
 from tiller.commands.outcome import Outcome, outcome_tables
+from tiller.commands.watching import Watch
 from tiller.data import check_data, open_data
 from tiller.distributed import World
 from tiller.evaluation import Evaluated, draw_pictures, drift, evaluate
@@ -23,12 +24,17 @@ from tiller.preflight import preflight
 from tiller.prompts import load
 from tiller.recipe import Recipe
 from tiller.report import before_after, curve, sheet
+from tiller.report.rewards import table as rewards_table
 from tiller.report.terminal import Terminal
+from tiller.rewards import Reward
 from tiller.run import Interrupts, Run, sick
+from tiller.run import rewards as scales
+from tiller.run.claim import REWARDS
 from tiller.state import TrainState
 from tiller.trackers import Tracker, tracker
 from tiller.training import Report, train
-from tiller.types import Prompt, RunError
+from tiller.trial import calibrated
+from tiller.types import Prompt, RunError, Scores
 
 
 def run(recipe: Recipe, name: str, resume: bool = False) -> int:
@@ -50,25 +56,48 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
         state = TrainState(policy, recipe.train, algorithm)
         record.restore(state)
         data = open_data(recipe.data, policy, algorithm, prompts, sampling)
+        seen = None
         if not state.epoch:
-            preflight(policy, prompts, reward, algorithm, sampling, recipe.train.seed, data)
+            seen = preflight(policy, prompts, reward, algorithm, sampling, recipe.train.seed, data)
+        if reward is not None:
+            known = state.epoch > 0 or (folder / REWARDS).exists()
+            if known:
+                reward = scales.restored(folder, reward)
+            else:
+                asked = (prompts, reward, algorithm, sampling, recipe.train.seed, world)
+                reward = _calibrated(policy, *asked, seen, folder, terminal)
+            record.check_scales(reward)
+            rewards[next(iter(rewards))] = reward
         wanted = reward_spec.title(recipe.reward) or recipe.data
         terminal.say(f"{recipe.model.name} towards {wanted}, in {folder}, from epoch {state.epoch}")
         with Interrupts(record.save_last) as interrupts:
             shown = Shown(policy, recipe, prompts, record, world)
             base = _base_scores(policy, recipe, splits, rewards, folder, state)
             shown.pictures(state)
+            watch = Watch(policy, recipe, splits, prompts, rewards, state, folder, terminal.say, world)
             pace = Pace(state.epoch, recipe.train.epochs)
             reports = train(
-                policy, prompts, reward, algorithm, recipe.train, sampling=sampling, data=data, state=state, world=world
+                policy,
+                prompts,
+                reward,
+                algorithm,
+                recipe.train,
+                sampling=sampling,
+                data=data,
+                state=state,
+                world=world,
+                max_missing=recipe.run.max_missing,
             )
-            for report in interrupts.over(sick.watch(reports, folder, resolved, world)):
-                report.metrics.update(_evaluated(policy, recipe, splits, rewards, state, world))
+            for report in interrupts.over(() if watch.ended else sick.watch(reports, folder, resolved, world)):
+                report.metrics.update(watch.at(state))
                 record.log(report)
                 terminal.epoch(report.epoch, _line(report, pace))
-                if report.epoch % recipe.run.checkpoint_every == 0 or report.epoch == recipe.train.epochs:
+                last = watch.ended or report.epoch == recipe.train.epochs
+                if last or report.epoch % recipe.run.checkpoint_every == 0:
                     record.save(state)
                     shown.pictures(state)
+                if watch.ended:
+                    break
             with state.averaged():
                 tuned = evaluate_policy(policy, recipe, splits, rewards, world)
                 moved = _drift(policy, recipe, prompts)
@@ -78,6 +107,30 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
                 _conclude(folder, Outcome(base, tuned, next(iter(rewards), None)), moved, terminal)
             record.finish()
     return 0
+
+
+def _calibrated(
+    policy: Policy,
+    prompts: list[Prompt],
+    reward: Reward,
+    algorithm: Algorithm,
+    sampling: Mapping[str, Any],
+    seed: int,
+    world: World,
+    seen: Scores | None,
+    folder: Path,
+    terminal: Terminal,
+) -> Reward:
+    """The reward with its scales measured; what it looks like goes to the terminal and into the run's folder."""
+    measured, found = calibrated(policy, prompts, reward, algorithm, sampling, seed, world, seen)
+    if found is not None:
+        if world.is_main:
+            scales.write(folder, found)
+        if len(found.rewards) > 1:
+            terminal.say(rewards_table(found))
+        for warning in found.warnings:
+            terminal.say(f"warning: {warning}")
+    return measured
 
 
 def _trackers(recipe: Recipe, folder: Path, resolved: Mapping[str, Any]) -> list[Tracker]:
@@ -169,28 +222,6 @@ def write_scores(file: Path, scores: Mapping[str, Evaluated]) -> None:
     """Every score of every picture, as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({split: result.to_data() for split, result in scores.items()}))
-
-
-def _evaluated(
-    policy: Policy,
-    recipe: Recipe,
-    splits: Mapping[str, list[Prompt]],
-    rewards: Mapping,
-    state: TrainState,
-    world: World,
-) -> dict[str, float]:
-    """`eval/SPLIT/REWARD`, means over a split's pictures, in the epochs that `evaluation.every` asks for."""
-    every = recipe.evaluation.every
-    if not every or state.epoch % every:
-        return {}
-    with state.averaged():
-        found = evaluate_policy(policy, recipe, splits, rewards, world)
-    means = {(split, name): values for split, one in found.items() for name, values in one.scores.items()}
-    return {
-        f"eval/{split}/{name}": float(np.nanmean(values))
-        for (split, name), values in means.items()
-        if np.isfinite(values).any()
-    }
 
 
 def _drift(policy: Policy, recipe: Recipe, prompts: list[Prompt]) -> dict[str, float]:

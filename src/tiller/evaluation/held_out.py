@@ -80,12 +80,22 @@ def evaluate(
     sampling: Mapping[str, Any],
     world: World | None = None,
 ) -> dict[str, Evaluated]:
-    """Every split's pictures, scored by every reward. The same seed gives every model the same initial noise."""
+    """Every split's pictures, scored by every reward. The same seed gives every model the same initial noise.
+
+    Where a reward returns named scores, or is a sum, `NAME/PART` is each of them. One that compares pictures is shown
+    the samples of a prompt as a group: its scores rank pictures of one model, and say nothing of one model against
+    another.
+    """
     results = {}
     for split, prompts in splits.items():
         pictures = draw_pictures(policy, prompts, samples_per_prompt, seed, batch_size, sampling, world)
         asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         texts, metadata = [prompt.text for prompt in asked], [prompt.metadata for prompt in asked]
-        scores = {name: score(reward, pictures, texts, metadata).values for name, reward in rewards.items()}
+        groups = [index for index in range(len(prompts)) for _ in range(samples_per_prompt)]
+        scores: dict[str, np.ndarray] = {}
+        for name, reward in rewards.items():
+            found = score(reward, pictures, texts, metadata, groups=groups)
+            scores[name] = found.values
+            scores |= {f"{name}/{part}": column for part, column in found.components.items()}
         results[split] = Evaluated(tuple(texts), scores)
     return results
