@@ -124,6 +124,7 @@ class Desk:
             Route("/vote", self._guarded(self.vote), methods=["POST"]),
             Route("/undo", self._guarded(self.undo), methods=["POST"]),
             Route("/picture/{id}", self._guarded(self.picture)),
+            Route("/favicon.ico", self._guarded(self.no_icon)),
             Route("/{rest:path}", self._guarded(self.nothing), methods=["GET", "POST", "PUT", "DELETE", "PATCH"]),
         ]
         return Starlette(routes=routes)
@@ -189,6 +190,10 @@ class Desk:
             raise Denied(404, "There is no such picture.")
         data = await run_in_threadpool(self.shelf.png, picture)
         return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400, immutable"})
+
+    async def no_icon(self, request: Request) -> Response:
+        """Browsers ask for one."""
+        return Response(status_code=204)
 
     async def nothing(self, request: Request) -> Response:
         """Any other address."""
