@@ -15,6 +15,7 @@ from tiller.policy import Policy
 from tiller.policy.weights import load
 from tiller.recipe import Model, Recipe
 from tiller.report import sheet
+from tiller.report.listed import write_list
 from tiller.types import Prompt, RunError
 
 
@@ -38,12 +39,14 @@ def run(
         policy.pipe.load_lora_weights(adapter)
     pictures = draw_pictures(policy, prompts, per_prompt, seed, min(16, len(prompts) * per_prompt), call)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, listed = [], []
     for index, prompt in enumerate(prompts):
         drawn = pictures[index * per_prompt : (index + 1) * per_prompt]
         rows.append((prompt.text, drawn))
         for number, picture in enumerate(drawn):
-            picture.save(folder / f"{index:04d}-{_slug(prompt.text)}-{number}.png")
+            listed.append((f"{index:04d}-{_slug(prompt.text)}-{number}.png", prompt.text, ""))
+            picture.save(folder / listed[-1][0])
+    write_list(folder, listed)
     sheet(rows, folder / "sheet.png")
     print(f"{len(pictures)} pictures in {folder}, all of them on {folder / 'sheet.png'}")
     return 0

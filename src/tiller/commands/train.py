@@ -24,6 +24,7 @@ from tiller.preflight import preflight
 from tiller.prompts import load
 from tiller.recipe import Recipe
 from tiller.report import before_after, curve, sheet
+from tiller.report.listed import write_shown
 from tiller.report.rewards import table as rewards_table
 from tiller.report.terminal import Terminal
 from tiller.rewards import Reward
@@ -170,11 +171,8 @@ class Shown:
         texts = [prompt.text for prompt in self.prompts for _ in range(self.PER_PROMPT)]
         rows = range(0, len(drawn), self.PER_PROMPT)
         sheet([(texts[row], drawn[row : row + self.PER_PROMPT]) for row in rows], folder / f"epoch-{epoch:06d}.png")
-        if epoch == 0:
-            first.mkdir(exist_ok=True)
-            for number, picture in enumerate(drawn):
-                picture.save(first / f"{number:03d}.png")
-        else:
+        write_shown(folder, "last" if epoch else "first", texts, drawn)
+        if epoch:
             before = [Image.open(first / f"{number:03d}.png") for number in range(len(drawn))]
             before_after(texts, before, drawn, folder.parent / "before_after.png", self.PER_PROMPT)
 
