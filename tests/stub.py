@@ -98,6 +98,7 @@ class Stub:
 
     def close(self) -> None:
         self.stopping.set()
+        self._socket.shutdown(socket.SHUT_RDWR)  # or the thread in accept would take one more
         self._socket.close()
 
 

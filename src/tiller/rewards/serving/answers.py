@@ -12,20 +12,27 @@ from typing import Any
 from .protocol import Request, Result, plain, total
 
 
+class Wrong(Exception):
+    """A reward that returns anything but one score per picture; no further call mends it."""
+
+
 def answer(reward: Callable[..., Any], request: Request, alone: bool) -> list[Result]:
     """One result per picture. Where the reward fails on all of them together, it is asked about each by itself, so that
     one bad picture costs one score; with `alone` false (a reward that compares pictures) it is not.
 
     Raises:
+        Wrong: the reward returned something else.
         Exception: what a reward that compares pictures raised.
     """
     try:
-        return _results(_called(reward, request), len(request.images))
+        raw = _called(reward, request)
     except Exception as error:
         if not alone:
             raise
         if len(request.images) == 1:
             return [Result(None, f"{type(error).__name__}: {plain(str(error), 300)}")]
+    else:
+        return _results(raw, len(request.images))
     return [result for one in _singles(request) for result in answer(reward, one, alone)]
 
 
@@ -43,7 +50,7 @@ def _results(raw: Any, count: int) -> list[Result]:
     if not isinstance(raw, Mapping):
         return _column(raw, count)
     if not raw or not all(isinstance(name, str) for name in raw):
-        raise ValueError("a reward's mapping must name each list of scores")
+        raise Wrong("a reward's mapping must name each list of scores")
     columns = {name: _column(part, count) for name, part in raw.items()}
     return [_joined({name: column[index] for name, column in columns.items()}) for index in range(count)]
 
@@ -60,7 +67,7 @@ def _column(raw: Any, count: int) -> list[Result]:
     rows = raw.tolist() if hasattr(raw, "tolist") else raw
     if not isinstance(rows, (list, tuple)) or len(rows) != count:
         what = f"{len(rows)} scores" if isinstance(rows, (list, tuple)) else type(raw).__name__
-        raise ValueError(f"the reward returned {what} for {count} picture(s)")
+        raise Wrong(f"the reward returned {what} for {count} picture(s)")
     return [_entry(row) for row in rows]
 
 
@@ -73,6 +80,6 @@ def _entry(row: Any) -> Result:
     if row is None:
         return Result(None, reason or "None", note)
     if isinstance(row, bool) or not isinstance(row, Real):
-        raise ValueError(f"the reward returned {plain(repr(row), 60)} in the place of a number")
+        raise Wrong(f"the reward returned {plain(repr(row), 60)} in the place of a number")
     number = float(row)
     return Result(number, reason, note) if math.isfinite(number) else Result(None, reason or str(number), note)

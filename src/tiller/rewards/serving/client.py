@@ -156,6 +156,7 @@ def _cure(status: int) -> str:
         403: "ask it by an address that it knows, with its token (token_env)",
         404: "check its address",
         413: "lower batch_size",
+        422: "mend that reward",
     }
     return cures.get(status, "mend the request, or the server")
 

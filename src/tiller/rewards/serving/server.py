@@ -196,6 +196,9 @@ class Handler(BaseHTTPRequestHandler):
         except (NotYet, CancelledError):
             future.cancel()
             return self._refuse(504, f"{service.name} did not answer within {service.timeout:g} s")
+        except answers.Wrong as error:
+            service.tell(f"{service.name}: {error}")
+            return self._refuse(422, str(error))
         except Exception as error:
             service.tell(f"{service.name} failed: {type(error).__name__}: {plain(str(error), 300)}")
             return self._refuse(500, f"{service.name} failed: {type(error).__name__}: {plain(str(error), 300)}")
