@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import CancelledError
+from dataclasses import is_dataclass
 from functools import partial
 from io import BytesIO
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from tiller.rewards import Background, describe, jpeg_compressibility, jpeg_incompressibility, resolve, score
-from tiller.rewards.resolve import BUILT_IN
+from tiller.rewards.resolve import BUILT_IN, find
 from tiller.types import ConfigError, RewardError, Scores
 
 PROMPTS = ["a cat", "a dog", "a horse"]
@@ -221,8 +222,10 @@ def test_built_in_names() -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_built_in_name_leads_to_a_function(name: str) -> None:
-    assert callable(resolve(name))
+def test_every_built_in_name_leads_to_a_function_or_to_a_class_of_them(name: str) -> None:
+    found = find(name)
+    assert callable(found)
+    assert not isinstance(found, type) or (is_dataclass(found) and "__call__" in dir(found))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class Batch:
     window: range | None = None  # the only steps that were drawn with noise, where there is such a window
     history: Mapping[str, list[float]] = field(default_factory=dict)  # the state's, once the epoch is done
     weights: Mapping[str, Tensor] = field(default_factory=dict)  # that drew it, where it is to be kept for later epochs
+    samples: Sequence[int] = ()  # (N,) the number of each sample among those of its prompt
 
 
 def collect(
@@ -58,7 +59,7 @@ def collect(
     with Background(reward) as scorer, state.using(algorithm.sampled_with):
         weights = state.weights() if algorithm.replay_epochs else {}
         for chunk, images in drawn(policy, prompts, algorithm, config, sampling, state.epoch, world):
-            pending.append(scorer.submit(images, chunk.prompts, chunk.metadata))
+            pending.append(scorer.submit(images, chunk.prompts, chunk.metadata, chunk.groups.tolist()))
             pictures = pictures or list(images)
             chunks.append(chunk)
         clock.lap("time/sample")
@@ -70,7 +71,8 @@ def collect(
     history = dict(state.history)
     advantages = algorithm.advantages(scores, texts, history)
     window = noise_window(policy, algorithm, sampling, state.epoch, config.seed)
-    return Batch(chunks, texts, scores, advantages, pictures, window, history, weights)
+    samples = [sample for _, sample in pairs]
+    return Batch(chunks, texts, scores, advantages, pictures, window, history, weights, samples)
 
 
 def drawn(

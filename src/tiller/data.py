@@ -19,13 +19,14 @@ from tiller.pretrain.data import Source, open_source
 from tiller.types import ConfigError, PipelineError, Prompt
 
 if TYPE_CHECKING:
+    from tiller.reward_spec import RewardSetting
     from tiller.rewards import Reward
 
 Data = str | Path | Source | Pairs
 """A folder of captioned pictures, "emoji" for drawn scenes, a file of pairs; or what these are opened as."""
 
 
-def check_data(algorithm: Algorithm, reward: Reward | str | None, data: Data | None) -> None:
+def check_data(algorithm: Algorithm, reward: Reward | RewardSetting | None, data: Data | None) -> None:
     """Refuse what cannot go together, before anything is opened.
 
     Raises:

@@ -37,8 +37,8 @@ def preflight(
     sampling: Mapping[str, Any],
     seed: int = 0,
     data: Source | Pairs | None = None,
-) -> None:
-    """Refuse a pipeline, reward or setting with which training could not work.
+) -> Scores | None:
+    """Refuse a pipeline, reward or setting with which training could not work; what it saw of the reward.
 
     What is checked of the pipeline depends on the walk that the algorithm learns from, and on whether it gets data.
     Without a reward, as preference pairs need none, that is not asked.
@@ -56,11 +56,10 @@ def preflight(
         check_live(policy, reward, algorithm, attempts, seed)
         _check_gradients(policy)
         check_stock(policy, texts[0], seed, call)
-        return
+        return None
     rollout = policy.sample(texts, seed=seed, kernel=algorithm.kernel, **call)
-    varies = (
-        reward is None or algorithm.differentiates or not describe(_judged(reward, rollout.images, prompts[0]), texts)
-    )
+    seen = None if reward is None else _judged(reward, rollout.images, prompts[0])
+    varies = seen is None or algorithm.differentiates or not describe(seen, texts)
     if algorithm.walk == "noised":
         check_noised(policy, rollout)
     else:
@@ -71,7 +70,8 @@ def preflight(
         check_noised(policy, *data_frame(policy, data, rollout, seed))
     check_stock(policy, texts[0], seed, call)
     if reward is not None and not varies:
-        check_reward(policy, prompts, reward, algorithm, sampling, seed)
+        return check_reward(policy, prompts, reward, algorithm, sampling, seed)
+    return seen
 
 
 def check_reward(
@@ -81,7 +81,7 @@ def check_reward(
     algorithm: Algorithm,
     sampling: Mapping[str, Any],
     seed: int = 0,
-) -> None:
+) -> Scores:
     """The reward tells two pictures of a prompt apart, within some rounds over prompts from all of the list.
 
     These pictures get all of their denoising steps: a judge of success may find none in a blur. It stops at the first
@@ -93,16 +93,24 @@ def check_reward(
     texts: list[str] = []
     parts: list[Scores] = []
     for turn in range(ROUNDS):
-        lap, place = divmod(turn, min(ROUNDS, len(prompts)))
-        prompt = prompts[place * len(prompts) // min(ROUNDS, len(prompts))]
-        asked, samples = [prompt.text] * SAMPLES, range(lap * SAMPLES, (lap + 1) * SAMPLES)
-        drawn = policy.sample(asked, seed=seed, samples=samples, kernel=algorithm.kernel, **sampling)
-        texts += asked
-        parts.append(_judged(reward, drawn.images, prompt))
+        prompt, images = drawn_for_trial(policy, prompts, algorithm, sampling, seed, turn)
+        texts += [prompt.text] * SAMPLES
+        parts.append(_judged(reward, images, prompt))
         complaint = describe(join_scores(parts), texts)
         if not complaint:
-            return
+            return join_scores(parts)
     raise RewardError(complaint)
+
+
+def drawn_for_trial(
+    policy: Policy, prompts: Sequence[Prompt], algorithm: Algorithm, sampling: Mapping[str, Any], seed: int, turn: int
+) -> tuple[Prompt, Sequence[Any]]:
+    """One of ROUNDS prompts spread over the list, and SAMPLES pictures of it with all steps; others where it recurs."""
+    lap, place = divmod(turn, min(ROUNDS, len(prompts)))
+    prompt = prompts[place * len(prompts) // min(ROUNDS, len(prompts))]
+    samples = range(lap * SAMPLES, (lap + 1) * SAMPLES)
+    asked = [prompt.text] * SAMPLES
+    return prompt, policy.sample(asked, seed=seed, samples=samples, kernel=algorithm.kernel, **sampling).images
 
 
 def _judged(reward: Reward, images: Sequence[Any], prompt: Prompt) -> Scores:

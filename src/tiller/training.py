@@ -20,11 +20,13 @@ from tiller.pairs import Pairs
 from tiller.policy import Policy
 from tiller.preflight import preflight
 from tiller.rewards import Reward
-from tiller.rewards.contract import reward_name
-from tiller.rewards.gradient import differentiable
+from tiller.rewards.cache import counts
+from tiller.rewards.check import check_gradient, check_groups, too_many_missing
+from tiller.rewards.scale import unmeasured
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
-from tiller.types import ConfigError, Prompt
+from tiller.trial import calibrated
+from tiller.types import ConfigError, Prompt, RewardError, Scores
 from tiller.update import update
 
 
@@ -34,11 +36,14 @@ class Report:
 
     epoch: int  # epochs done
     metrics: dict[str, float]  # the same numbers whenever the same run is made again
-    timings: dict[str, float]  # seconds; never the same twice
+    timings: dict[str, float]  # seconds, and what a cache spared; never the same twice
     pictures: list[Any] = field(repr=False)
     prompts: list[str] = field(repr=False)  # of these pictures
     rewards: list[float] = field(repr=False)  # of these pictures
     state: TrainState = field(repr=False)
+    scores: Scores | None = field(default=None, repr=False)  # of all the epoch's pictures; None without a reward
+    asked: list[str] = field(default_factory=list, repr=False)  # the prompts of all these
+    samples: Sequence[int] = field(default=(), repr=False)  # the number of each among the samples of its prompt
 
 
 def train(
@@ -52,6 +57,7 @@ def train(
     data: Data | None = None,
     state: TrainState | None = None,
     world: World | None = None,
+    max_missing: float = 0.5,
 ) -> Iterator[Report]:
     """Fine-tune `policy` towards `reward`, one report per epoch.
 
@@ -64,12 +70,13 @@ def train(
             pairs for one that takes them (a .jsonl file, or a saved dataset); see `tiller.data`.
         state: to go on with; by default a new one, after a preflight (`tiller.preflight`) that refuses what cannot
             work.
+        max_missing: the share of an epoch's scores that may be missing; 1 allows all.
         world: the processes to share the work with; by default those of the launcher, or this one alone.
 
     Raises:
         ConfigError: the sizes do not fit each other or the number of processes.
         PipelineError: the pipeline cannot be trained; see `tiller.preflight`.
-        RewardError: the reward failed, or is not one score per image.
+        RewardError: the reward failed, is not one score per image, or left out too many.
     """
     config, world, sampling = config or TrainConfig(), world or World(), sampling or {}
     if isinstance(prompts, str) or not len(prompts):
@@ -80,8 +87,15 @@ def train(
     source = open_data(data, policy, algorithm, asked, sampling)
     offline = Offline(policy, source, algorithm, config, sampling) if isinstance(source, Pairs) else None
     if state is None:
-        preflight(policy, asked, reward, algorithm, sampling, config.seed, source)
+        seen = preflight(policy, asked, reward, algorithm, sampling, config.seed, source)
+        if reward is not None:
+            reward, _ = calibrated(policy, asked, reward, algorithm, sampling, config.seed, world, seen)
         state = TrainState(policy, config, algorithm)
+    if unmeasured(reward):
+        raise ConfigError(
+            f"reward {unmeasured(reward)[0]} is to be normalised and has no scale; give it one, or measure it with "
+            "tiller.trial.calibrated, or leave out `state`."
+        )
     while state.epoch < config.epochs:
         clock = Clock()
         if offline is not None:
@@ -89,13 +103,16 @@ def train(
         else:
             assert reward is not None
             batch = collect(policy, asked, reward, algorithm, config, sampling, state, world, clock)
+            complaint = too_many_missing(batch.scores, reward, max_missing)
+            if complaint:
+                raise RewardError(f"in epoch {state.epoch + 1}, {complaint}")
             metrics = score_metrics(batch.scores, config.group_size) | _fit_critic(batch, config, state, world)
         captioned = None if isinstance(source, Pairs) else source
         metrics |= update(policy, batch, algorithm, config, state, world, reward, captioned)
         clock.lap("time/update")
         kept = Earlier(state.epoch, batch.weights, batch.scores.values, batch.advantages, batch.chunks)
         state.end_epoch(batch.history, kept if algorithm.replay_epochs else None)
-        yield _report(batch, metrics | _progress(state), clock.laps, state)
+        yield _report(batch, metrics | _progress(state), clock.laps | counts(reward), state)
 
 
 def _fit_critic(batch: Batch, config: TrainConfig, state: TrainState, world: World) -> dict[str, float]:
@@ -127,7 +144,19 @@ def _progress(state: TrainState) -> dict[str, float]:
 def _report(batch: Batch, metrics: dict[str, float], timings: dict[str, float], state: TrainState) -> Report:
     shown = len(batch.pictures)
     rewards = batch.scores.values[:shown].tolist()
-    return Report(state.epoch, metrics, timings, batch.pictures, batch.prompts[:shown], rewards, state)
+    known = batch.scores if len(batch.samples) else None
+    return Report(
+        state.epoch,
+        metrics,
+        timings,
+        batch.pictures,
+        batch.prompts[:shown],
+        rewards,
+        state,
+        known,
+        batch.prompts,
+        batch.samples,
+    )
 
 
 def check(
@@ -155,11 +184,10 @@ def check(
             f"{name} compares all pictures of one prompt in one batch; make train.batch_size ({config.batch_size}) a "
             f"multiple of train.group_size ({config.group_size})."
         )
-    if algorithm.differentiates and reward is not None and not differentiable(reward):
-        raise ConfigError(
-            f"{name} differentiates the reward, and {reward_name(reward)} is not differentiable; take one that is "
-            "(it says `differentiable = True`), or an algorithm that needs values only, such as ddpo."
-        )
+    if reward is not None:
+        check_groups(reward, config.batch_size, config.group_size)
+        if algorithm.differentiates:
+            check_gradient(reward, name)
     chunks = config.samples_per_epoch // (config.batch_size * config.updates_per_epoch)
     if chunks % world.size:
         raise ConfigError(

@@ -14,14 +14,16 @@ import torch
 from tiller import config, reward_spec
 from tiller.algorithms.base import Algorithm
 from tiller.commands import quiet
+from tiller.distributed import World
 from tiller.policy import Policy, layout
 from tiller.prompts import SETS, held_out, load
 from tiller.recipe import Model, Recipe
 from tiller.reward_spec import RewardSpec
 from tiller.rewards import Reward, resolve, within
+from tiller.rewards.cache import Store, cached
 from tiller.rewards.mix import mix
 from tiller.rewards.resolve import complete
-from tiller.run.claim import STACKS
+from tiller.run.claim import CACHE, STACKS
 from tiller.types import ConfigError, Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,8 +75,6 @@ def device(name: str) -> torch.device:
         ConfigError: there is no such device here.
     """
     if name == "auto":
-        from tiller.distributed import World
-
         return World().device
     try:
         wanted = torch.device(name)
@@ -100,12 +100,14 @@ def rewards(recipe: Recipe, folder: Path) -> dict[str, Reward]:
     """The trained reward first, then those that are only reported, by the names the recipe gives them.
 
     There may be none, where preference pairs are trained on. Each must answer in the recipe's time; where one does not,
-    the stacks go into the run's folder.
+    the stacks go into the run's folder. What is deterministic has a cache there.
     """
+    rank = World().rank
+    store = Store(folder / (CACHE if not rank else CACHE.replace(".", f"-{rank}.")))
 
     def built(spec: RewardSpec) -> Reward:
         reward = resolve(spec.name, spec.settings, spec.key)
-        return within(reward, recipe.run.reward_timeout, folder / STACKS)
+        return cached(within(reward, recipe.run.reward_timeout, folder / STACKS), reward, store)
 
     found: dict[str, Reward] = {}
     trained, title = reward_spec.read(recipe.reward), reward_spec.heading(recipe.reward)

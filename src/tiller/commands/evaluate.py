@@ -14,6 +14,7 @@ from tiller.commands.outcome import Outcome, outcome_tables
 from tiller.commands.sample import open_run
 from tiller.commands.train import evaluate_policy, write_scores
 from tiller.recipe import Evaluation
+from tiller.run.rewards import restored
 from tiller.types import RunError
 
 
@@ -25,6 +26,7 @@ def run(folder: Path, overrides: list[str]) -> int:
     settings = config.from_mapping(Evaluation, config.to_mapping(recipe.evaluation) | config.parse_pairs(overrides))
     recipe = dataclasses.replace(recipe, evaluation=settings)
     splits, rewards = building.splits(recipe), building.rewards(recipe, folder)
+    rewards = {name: restored(folder, reward) for name, reward in rewards.items()}
     after = evaluate_policy(tuned, recipe, splits, rewards)
     del tuned
     before = evaluate_policy(building.policy(recipe.model, recipe.train.seed), recipe, splits, rewards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from tiller.rewards.call import workers as allowed
 from tiller.rewards.contract import Reward, score
 from tiller.types import RewardError, Scores
 
@@ -21,9 +22,11 @@ _Task = tuple["Future[Scores]", "partial[Scores]"]
 class Background:
     """Scores pictures in threads of its own, in the order in which they were submitted.
 
-    One worker (the default) never calls the reward twice at once; take more only for a reward that allows
-    it, such as a remote judge. The threads are daemons, so a reward that hangs cannot keep the program from
-    ending.
+    There are as many workers as the reward allows calls at once (its attribute `workers`, 1 by default), unless
+    `workers` says otherwise. The threads are daemons, so a reward that hangs cannot keep the program from ending.
+
+    What bounds the overlap is the last batch, which is drawn before it can be judged: with B batches, one worker, and a
+    reward that takes as long as drawing, both together take (B + 1) / B times as long as drawing alone.
 
         with Background(reward) as judge:
             pending = judge.submit(images, prompts, metadata)
@@ -31,22 +34,26 @@ class Background:
             scores = pending.result()  # raises the RewardError of that call
     """
 
-    def __init__(self, reward: Reward, weights: Mapping[str, float] | None = None, workers: int = 1) -> None:
+    def __init__(self, reward: Reward, weights: Mapping[str, float] | None = None, workers: int | None = None) -> None:
         self._score = partial(score, reward, weights=weights)
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers or allowed(reward))]
         for thread in self._threads:
             thread.start()
 
     def submit(
-        self, images: Sequence[Image], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+        self,
+        images: Sequence[Image],
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+        groups: Sequence[Hashable] | None = None,
     ) -> Future[Scores]:
-        """Queue one call of the reward; the future holds its checked scores, or its `RewardError`."""
+        """Queue one call of `score`; the future holds its checked scores, or its `RewardError`."""
         if self._closed:
             raise RewardError("this background reward is closed; make a new one.")
         future: Future[Scores] = Future()
-        self._tasks.put((future, partial(self._score, list(images), list(prompts), list(metadata))))
+        self._tasks.put((future, partial(self._score, list(images), list(prompts), list(metadata), groups=groups)))
         return future
 
     def close(self, wait: bool = True) -> None:

@@ -1,12 +1,16 @@
-"""Can anything be learned from these scores? The question preflight asks before the first update."""
+"""Can a reward be trained on: do its scores differ, does it fit the batches, has it a gradient, are there enough?"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from tiller.types import Scores
+from tiller.rewards.call import Reward, relative, reward_name
+from tiller.rewards.gradient import differentiable
+from tiller.rewards.mix import parts_of
+from tiller.types import ConfigError, Scores
 
 CURE = "check it on pictures that it should tell apart, or choose prompts where it sometimes gives another score"
 
@@ -51,3 +55,69 @@ def _varies_within_a_group(scores: Scores, prompts: Sequence[str]) -> bool:
         if np.isfinite(value):
             groups.setdefault(prompt, []).append(value)
     return any(min(group) < max(group) for group in groups.values())
+
+
+def check_groups(reward: Reward, batch_size: int, group_size: int) -> None:
+    """A reward that compares pictures gets whole groups, of two at least.
+
+    Raises:
+        ConfigError: a batch would split them, or there is nothing to compare.
+    """
+    if not relative(reward):
+        return
+    name = reward_name(reward)
+    if group_size < 2:
+        raise ConfigError(
+            f"reward {name} compares the pictures of a prompt, and train.group_size is {group_size}; make it at least "
+            "2."
+        )
+    if batch_size % group_size:
+        raise ConfigError(
+            f"reward {name} compares all pictures of a prompt, and a batch of {batch_size} splits groups of "
+            f"{group_size}; make train.batch_size a multiple of train.group_size, such as "
+            f"{max(1, batch_size // group_size) * group_size}."
+        )
+
+
+def check_gradient(reward: Reward, algorithm: str) -> None:
+    """A reward whose gradient is asked for has one.
+
+    Raises:
+        ConfigError: it, or a part of it that counts, has none, or compares pictures.
+    """
+    without = [part for part in parts_of(reward) if part.weight and not differentiable(part.reward)]
+    if without:
+        raise ConfigError(
+            f"{algorithm} differentiates the reward, and {without[0].label} is not differentiable; take one that is "
+            "(it says `differentiable = True`), or an algorithm that needs values only, such as ddpo."
+        )
+    if relative(reward):
+        raise ConfigError(
+            f"{algorithm} differentiates the reward picture by picture, and {reward_name(reward)} compares the "
+            "pictures of a prompt; take a reward that scores each by itself, or an algorithm such as flow_grpo."
+        )
+
+
+def too_many_missing(scores: Scores, reward: Reward, share: float) -> str:
+    """Which reward left out more of an epoch's scores than it may, and why, in one sentence; empty if none did.
+
+    `share` holds for every reward that counts and states none of its own; 1 allows everything.
+    """
+    reasons: Sequence[str] = list(scores.reasons.values())
+    for part in parts_of(reward):
+        column = scores.components.get(part.label, scores.values)
+        allowed = part.max_missing if part.max_missing is not None else share if part.weight else 1.0
+        missing = ~np.isfinite(column)
+        if len(column) and missing.mean() > allowed:
+            prefix = f"{part.label}: "
+            own = [
+                piece.removeprefix(prefix) for said in reasons for piece in said.split("; ") if piece.startswith(prefix)
+            ]
+            common = Counter(own or reasons).most_common(3)
+            why = "; ".join(f"{reason} ({count} times)" for reason, count in common) or "no reason was given"
+            return (
+                f"reward {part.label} gave no score to {missing.sum()} of {len(column)} pictures "
+                f"({missing.mean():.0%}, more than the {allowed:.0%} that max_missing allows): {why}; mend it and give "
+                "the same command again, or raise run.max_missing."
+            )
+    return ""

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from tiller.reward_spec import RewardSpec, Scale
-from tiller.rewards.call import Reward, flag, workers
+from tiller.rewards.call import Reward, relative, reward_name, workers
 from tiller.rewards.contract import score, weighted_sum
 from tiller.rewards.gradient import differentiable, scores_with_graph
 from tiller.types import Scores
@@ -29,6 +29,11 @@ class Part:
     normalise: bool = False  # by a scale that is measured, where none is given
     scale: Scale | None = None
     max_missing: float | None = None  # the share of an epoch's scores that may be missing; None: the run's
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether it is to be normalised by a scale that is not known yet."""
+        return self.normalise and self.scale is None
 
     def scaled(self, values: Any) -> Any:
         """Raw scores, an array or a tensor, in units of the part's scale."""
@@ -84,7 +89,7 @@ class Mix:
 
     @property
     def groupwise(self) -> bool:
-        return any(flag(part.reward, "groupwise") or flag(part.reward, "pairwise") for part in self.parts)
+        return any(relative(part.reward) for part in self.parts)
 
     @property
     def workers(self) -> int:
@@ -93,6 +98,11 @@ class Mix:
     @property
     def __name__(self) -> str:
         return " + ".join(part.label for part in self.parts)
+
+
+def parts_of(reward: Reward) -> tuple[Part, ...]:
+    """The rewards a sum is made of; one reward is its own only part."""
+    return reward.parts if isinstance(reward, Mix) else (Part(reward_name(reward), reward),)
 
 
 def mix(specs: Sequence[RewardSpec], rewards: Sequence[Reward]) -> Reward:

@@ -7,16 +7,14 @@ import faulthandler
 import inspect
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import update_wrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from PIL.Image import Image
-
-from tiller.rewards.contract import Reward, reward_name
+from tiller.rewards.call import FLAGS, Reward, reward_name
 from tiller.rewards.gradient import differentiable
 from tiller.types import RewardTimeout
 
@@ -30,7 +28,7 @@ def within(reward: Reward, seconds: float | None, stacks: Path | None = None) ->
     `bounds_its_time = True`, as a remote one does, which waits for its server and ends by itself.
 
     Args:
-        seconds: for up to 32 pictures, and in proportion for more; None waits for ever.
+        seconds: for up to 32 pictures (or pairs of them), and in proportion for more; None waits for ever.
         stacks: a file for the stacks of all threads; by default they go to standard error.
 
     Raises (when called):
@@ -39,17 +37,21 @@ def within(reward: Reward, seconds: float | None, stacks: Path | None = None) ->
     if seconds is None or differentiable(reward) or getattr(reward, "bounds_its_time", False):
         return reward
 
-    def limited(images: list[Image], prompts: list[str], metadata: list[Mapping[str, Any]]) -> Any:
-        limit = seconds * max(1.0, len(images) / BATCH)
+    def limited(*arguments: Any) -> Any:
+        count = len(arguments[0])
+        limit = seconds * max(1.0, count / BATCH)
         answer: Future[Any] = Future()
-        thread = threading.Thread(target=_answer, args=(answer, reward, images, prompts, metadata), daemon=True)
+        thread = threading.Thread(target=_answer, args=(answer, reward, *arguments), daemon=True)
         thread.start()
         if not _ends(answer, limit):
-            raise RewardTimeout(_complaint(reward, len(images), limit, thread, stacks))
+            raise RewardTimeout(_complaint(reward, count, limit, thread, stacks))
         return answer.result()
 
     update_wrapper(limited, reward, assigned=("__doc__", "__module__"), updated=())
     limited.__name__ = reward_name(reward)
+    for name in FLAGS:
+        if hasattr(reward, name):
+            setattr(limited, name, getattr(reward, name))
     return limited
 
 

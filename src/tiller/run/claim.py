@@ -15,9 +15,11 @@ FORMAT = 1  # of the run folder
 CONFIG, IDENTITY, ENVIRONMENT, FINISHED = "config.yaml", "identity.json", "environment.json", "finished.json"
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 STACKS = "stacks.txt"
-BEGINNING = {CONFIG, IDENTITY, ENVIRONMENT, STACKS}  # what a run writes before there is anything to lose
+REWARDS, CACHE = "rewards.json", "reward_cache.sqlite"
+# what a run writes before there is anything to lose
+BEGINNING = {CONFIG, IDENTITY, ENVIRONMENT, STACKS, REWARDS, CACHE}
 VIEWS = {"tensorboard", "wandb"}  # trackers' folders: made before the first update, and never read
-SETTING = {"model": "model.name"}
+SETTING = {"model": "model.name", "scales": "scale of its rewards"}
 
 
 def claim(folder: Path, recipe: Mapping[str, Any], saved: bool, resume: bool) -> None:
@@ -90,7 +92,8 @@ def identify(folder: Path, recipe: Mapping[str, Any], found: Mapping[str, str]) 
     for name, value in found.items():
         if known.get(name, value) != value:
             named = {spec.key: spec.name for spec in reward_spec.read(recipe.get("reward"))}
-            setting = recipe.get("model", {}).get("name") if name == "model" else named.get(name) or recipe.get(name)
+            named |= {"model": recipe.get("model", {}).get("name"), "scales": REWARDS}
+            setting = named.get(name) or recipe.get(name)
             raise RunError(
                 f"{folder} was begun with another {SETTING.get(name, name)}: {setting} has changed since; choose "
                 "another run.output_dir, or put back what it was."

@@ -5,6 +5,9 @@ identity.json       hashes of the base model, the prompt file and the reward's s
 environment.json    versions, threads, device
 metrics.jsonl       one line per epoch, byte for byte the same whenever the same run is made again
 timings.jsonl       seconds per epoch
+scores.jsonl        every score of every picture drawn
+rewards.json        the rewards' scales, their correlations, and by what they are normalised
+reward_cache.sqlite scores of rewards that say they are deterministic
 checkpoints/        epoch-000010/ ...: state.safetensors, state.json, manifest.json
 images/             whatever the caller puts there
 not-finite-epoch-000003/  an update whose gradient was not finite, if that ended the run
@@ -24,18 +27,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL.Image import Image
 
 from tiller import yaml_text
-from tiller.run import checkpoints, lines
+from tiller.rewards.scale import scales
+from tiller.run import checkpoints, lines, scores
 from tiller.run.checkpoints import Damaged, Snapshot
 from tiller.run.claim import CONFIG, FINISHED, METRICS, TIMINGS, claim, epochs, finished, identify, note_environment
 from tiller.run.files import replace_file, sync, to_json, writing
 from tiller.run.identity import fingerprint
 from tiller.run.lock import Lock
+from tiller.run.rewards import fingerprint as fingerprint_of_scales
 from tiller.state import TrainState
 from tiller.types import RunError, TillerError
 
 if TYPE_CHECKING:
     from tiller.distributed import World
     from tiller.policy import Policy
+    from tiller.rewards import Reward
     from tiller.trackers import Tracker
     from tiller.training import Report
 
@@ -128,6 +134,15 @@ class Run:
         """
         self._on_main(lambda: identify(self.folder, self.recipe, {"model": fingerprint(policy)}))
 
+    def check_scales(self, reward: Reward) -> None:
+        """Refuse to go on with other scales of the rewards than the run began with.
+
+        Raises:
+            RunError: they differ.
+        """
+        if scales(reward):
+            self._on_main(lambda: identify(self.folder, self.recipe, {"scales": fingerprint_of_scales(reward)}))
+
     def restore(self, state: TrainState) -> bool:
         """Put the newest sound checkpoint into `state`, and cut the metrics off behind it; False if there is none.
 
@@ -153,6 +168,8 @@ class Run:
         metrics = {**report.metrics, **(more or {})}
         self.record(report.epoch, metrics)
         lines.append(self.folder / TIMINGS, {"epoch": report.epoch, **report.timings})
+        if report.scores is not None:
+            scores.append(self.folder, report.epoch, report.asked, report.samples, report.scores)
         for tracker in self.trackers:
             pictures = [picture for picture in report.pictures[:SHOWN] if isinstance(picture, Image)]
             tracker.log(report.epoch, {**metrics, **report.timings}, pictures)
@@ -261,11 +278,13 @@ class Run:
     def _cut(self, epoch: int | None) -> None:
         for name in (METRICS, TIMINGS):
             lines.cut(self.folder / name, epoch)
+        scores.cut(self.folder, epoch)
 
     def _write(self, snapshot: Snapshot) -> None:
         metrics = self.folder / METRICS
         with writing(metrics):
             if metrics.exists():
                 sync(metrics)  # a checkpoint never comes to the disk before the lines up to it
+        scores.flush(self.folder)
         checkpoints.save(self.folder / "checkpoints", snapshot, self.keep_last)
         self._last = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,19 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
     Raises:
         RunError: there is no room. The lines before are untouched.
     """
-    text = json.dumps({name: _finite(value) for name, value in line.items()}, ensure_ascii=False) + "\n"
+    extend(path, [line])
+
+
+def extend(path: Path, several: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines, all or none; a number that is not finite becomes null.
+
+    Raises:
+        RunError: there is no room. The lines before are untouched.
+    """
+    text = "".join(
+        json.dumps({name: _finite(value) for name, value in line.items()}, ensure_ascii=False) + "\n"
+        for line in several
+    )
     with writing(path), path.open("ab", buffering=0) as file:
         size, rest = file.tell(), memoryview(text.encode())
         try:
