@@ -100,9 +100,10 @@ def _evaluate(arguments: argparse.Namespace) -> int | None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from tiller import config, pretrain
+    from tiller import pretrain
+    from tiller.pretrain import kinds
 
-    settings = config.load(pretrain.PretrainConfig, arguments.config, arguments.overrides)
+    settings = kinds.load(arguments.config, arguments.overrides)
     quiet.hide_bars()
     print(pretrain.run(settings))
 
@@ -150,6 +151,14 @@ def _serve(arguments: argparse.Namespace) -> int | None:
         calls=arguments.calls,
         timeout=arguments.timeout,
     )
+
+
+def _prompts(arguments: argparse.Namespace) -> int | None:
+    from tiller import config
+    from tiller.commands import prompts
+
+    wanted = config.load(prompts.Wanted, None, arguments.overrides)
+    return prompts.run(arguments.kind, Path(arguments.file), wanted)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -203,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", metavar="RUN")
     _takes_overrides(evaluate, _evaluate, "evaluation settings, such as samples_per_prompt=8")
 
-    pretrain = commands.add_parser("pretrain", help="train a small text-to-image model from scratch")
+    pretrain = commands.add_parser("pretrain", help="train a small model from scratch: text-to-image, CLIP or LLaVA")
     pretrain.add_argument("--config", metavar="FILE.yaml", help="settings; without, those of the shipped model")
     _takes_overrides(pretrain, _pretrain, "settings, such as output=my_model data=my_pictures")
 
@@ -238,6 +247,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--calls", type=int, default=1, metavar="N", help="calls of the reward at once")
     serve.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one request")
     _takes_overrides(serve, _serve, "settings of the reward, such as model=some/path")
+
+    prompts = commands.add_parser("prompts", help="have a language model write prompts, or change a word of each")
+    prompts.add_argument("kind", choices=["new", "vary", "contrast"], metavar="new|vary|contrast")
+    prompts.add_argument("file", metavar="FILE.jsonl", help="where they go")
+    _takes_overrides(prompts, _prompts, "settings, such as topic='animals at work' count=200 model=FOLDER")
 
     commands.add_parser("doctor", help="check this machine").set_defaults(command=_doctor)
     return parser

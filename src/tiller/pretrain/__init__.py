@@ -1,4 +1,4 @@
-"""Trains a small text-to-image model from scratch, into a plain pipeline folder."""
+"""Trains small models from scratch: text-to-image into a plain pipeline folder, CLIP and LLaVA into a model folder."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 from transformers import CLIPTokenizer
 
-from tiller.pretrain import autoencoder, data, phases, start, tokenizer
+from tiller.pretrain import autoencoder, clip, data, llava, phases, start, tokenizer
 from tiller.pretrain.config import AutoencoderConfig, DecoderConfig, DenoiserConfig, FlowConfig, PretrainConfig
 from tiller.pretrain.denoiser import PROMPT_TOKENS, Denoiser
 from tiller.pretrain.export import export
 from tiller.pretrain.flow import LONGEST, FlowDenoiser
+from tiller.pretrain.reader_config import ClipConfig, LlavaConfig
 from tiller.pretrain.training import Progress
 
 __all__ = [
     "AutoencoderConfig",
+    "ClipConfig",
     "DecoderConfig",
     "DenoiserConfig",
     "FlowConfig",
+    "LlavaConfig",
     "PretrainConfig",
     "Progress",
     "pretrain",
@@ -75,12 +78,21 @@ def build(
     return vae, model, words
 
 
-def run(config: PretrainConfig) -> Path:
-    """Trains to the end with plain lines of progress; the pipeline's folder."""
-    for p in pretrain(config):
+def run(config: PretrainConfig | ClipConfig | LlavaConfig) -> Path:
+    """Trains to the end with plain lines of progress; the folder of what was trained."""
+    folder = Path(config.output) / ("pipeline" if isinstance(config, PretrainConfig) else "model")
+    for p in _training(config):
         if p.step % 100 == 0 or p.step == p.steps:
             print(
                 f"{p.phase} {p.step}/{p.steps}  loss {p.loss:.4f}  {p.images_per_second:.0f} images/s",
                 flush=True,
             )
-    return Path(config.output) / "pipeline"
+    return folder
+
+
+def _training(config: PretrainConfig | ClipConfig | LlavaConfig) -> Iterator[Progress]:
+    if isinstance(config, ClipConfig):
+        return clip.pretrain(config)
+    if isinstance(config, LlavaConfig):
+        return llava.pretrain(config)
+    return pretrain(config)

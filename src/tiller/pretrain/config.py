@@ -71,6 +71,7 @@ class DecoderConfig:
 class PretrainConfig:
     """What to learn from, where to write, and the three phases; with `start`, the second of them alone."""
 
+    model: Literal["diffusion"] = "diffusion"  # what is trained; `clip` and `llava` have settings of their own
     output: str = "model"
     data: str = "emoji"  # "emoji", a folder of pictures with captions, or "hub:NAME" of a Hugging Face dataset
     size: int = 64  # pixels

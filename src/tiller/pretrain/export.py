@@ -1,10 +1,12 @@
-"""Writes a plain diffusers pipeline folder, safetensors only."""
+"""Writes plain folders of diffusers or transformers, safetensors only."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,18 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 def export(pipe: DiffusionPipeline, folder: Path) -> None:
     """Writes the folder beside and renames it into place."""
+    with replace_folder(folder) as new:
+        pipe.save_pretrained(new, safe_serialization=True)
+        load_in_fp32(new / "text_encoder" / "config.json")
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside, to write into; it takes the place of `folder` once that is done."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as beside:
         new, old = Path(beside) / "new", Path(beside) / "old"
-        pipe.save_pretrained(new, safe_serialization=True)
-        _load_in_fp32(new / "text_encoder" / "config.json")
+        yield new
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -34,7 +43,7 @@ def halved(part: Any) -> Any:
     return copy.half()
 
 
-def _load_in_fp32(path: Path) -> None:
+def load_in_fp32(path: Path) -> None:
     """Has transformers load these weights in fp32, as diffusers does its own, where no type is asked for."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["dtype"] = "float32"

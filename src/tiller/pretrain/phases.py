@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,14 +35,24 @@ def torch_stream(config: PretrainConfig, phase: int, step: int) -> torch.Generat
     return torch.Generator().manual_seed(int(numpy_stream(config, phase + 100, step).integers(2**62)))
 
 
-def device_of(config: PretrainConfig) -> torch.device:
+class Machine(Protocol):
+    """What a model is trained on: part of every configuration of a training."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def precision(self) -> str: ...
+
+
+def device_of(config: Machine) -> torch.device:
     """The device to train on; "auto" is an accelerator where there is one."""
     if config.device != "auto":
         return torch.device(config.device)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def autocast(config: PretrainConfig) -> torch.autocast:
+def autocast(config: Machine) -> torch.autocast:
     """bf16 matrix products, or nothing."""
     return torch.autocast(device_of(config).type, torch.bfloat16, enabled=config.precision == "bf16")
 
