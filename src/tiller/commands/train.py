@@ -28,6 +28,7 @@ from tiller.report.listed import write_shown
 from tiller.report.rewards import table as rewards_table
 from tiller.report.terminal import Terminal
 from tiller.rewards import Reward
+from tiller.rewards.serving.told import told
 from tiller.run import Interrupts, Run, sick
 from tiller.run import rewards as scales
 from tiller.run.claim import REWARDS
@@ -49,7 +50,8 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     terminal = Terminal(recipe.train.epochs, silent=not world.is_main)
     resolved = building.record(recipe)
     keep = recipe.run.keep_last
-    with Run.open(folder, resolved, keep_last=keep, resume=resume, world=world, tell=terminal.say) as record, terminal:
+    opened = Run.open(folder, resolved, keep_last=keep, resume=resume, world=world, tell=terminal.say)
+    with opened as record, terminal, told(terminal.say):
         policy = building.policy(recipe.model, recipe.train.seed)
         building.check_call(policy, sampling | recipe.evaluation.sampling)
         record.check_model(policy)
