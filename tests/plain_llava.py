@@ -25,12 +25,17 @@ def turned(x: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def projected(x: Tensor, weights: Weights, name: str) -> Tensor:
+    """A linear layer, with a bias if it has one."""
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+
 def llama(x: Tensor, weights: Weights, tower: str = "model.language_model") -> Tensor:
-    """(L, D) embeddings to (L, D) states."""
+    """(L, D) embeddings to (L, D) states, through two layers."""
     for index in range(2):
         name = f"{tower}.layers.{index}"
         y = rms(x, weights[f"{name}.input_layernorm.weight"])
-        q, k, v = ((y @ weights[f"{name}.self_attn.{part}_proj.weight"].T).unflatten(-1, (-1, WIDTH)) for part in "qkv")
+        q, k, v = (projected(y, weights, f"{name}.self_attn.{part}_proj").unflatten(-1, (-1, WIDTH)) for part in "qkv")
         scores = torch.einsum("qhd,kd->hqk", turned(q), turned(k)[:, 0]) / WIDTH**0.5
         scores = scores + torch.full(scores.shape[1:], -torch.inf).triu(1)
         mixed = torch.einsum("hqk,kd->qhd", scores.softmax(-1), v[:, 0]).flatten(1)
