@@ -39,6 +39,7 @@ PINNED: dict[str, str] = {
     "Qwen/Qwen2-VL-2B-Instruct": "895c3a49bc3fa70a340399125c650a463535e71c",
     "Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db0ac",
     "MizzenAI/HPSv3": "4f81e3e09edd82fe3c5f636444c721b592a735ca",
+    "microsoft/trocr-base-printed": "93450be3f1ed40a930690d951ef3932687cc1892",
     "google/owlv2-base-patch16-ensemble": "cfd3195ba4ea9592eec887ded089f4c08eff231d",
     "IDEA-Research/grounding-dino-base": "12bdfa3120f3e7ec7b434d90674b3396eccf88eb",
 }
@@ -88,7 +89,7 @@ def load_model(
     """
     folder = folder_of(model, revision)
     place = choose_device(device)
-    _check_kind(kind, folder, model)
+    _check_kind(kind, model, revision)
     if not any(folder.glob("model*.safetensors")):
         raise ConfigError(_no_weights(folder, model))
     network, report = _read(
@@ -177,6 +178,18 @@ def folder_of(model: str, revision: str | None = None, weights: bool = True) -> 
     return Path(_fetch(lambda: snapshot_download(model, revision=revision, allow_patterns=patterns), model, revision))
 
 
+def kind_of(model: str, revision: str | None = None) -> str:
+    """What transformers calls the architecture in a model's folder, such as "clip".
+
+    Raises:
+        ConfigError: there is no such folder or model, or it is none of transformers.
+    """
+    path = folder_of(model, revision, weights=False) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{model!r} has no config.json, so it is no model of transformers; check the name.")
+    return str(json.loads(path.read_text(encoding="utf-8")).get("model_type"))
+
+
 def _hub_file(file: str, revision: str | None) -> Path:
     owner, _, rest = file.partition("/")
     name, _, inside = rest.partition("/")
@@ -219,12 +232,9 @@ def _fetch(fetch: Callable[[], str], model: str, revision: str) -> str:
         raise ConfigError(f"the hub did not give {model!r}: {_first_line(error)}; try again later.") from error
 
 
-def _check_kind(kind: Any, folder: Path, model: str) -> None:
+def _check_kind(kind: Any, model: str, revision: str | None) -> None:
     """Refuse a folder that holds another architecture, which transformers would fill with random weights."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{model!r} has no config.json, so it is no model of transformers; check the name.")
-    held = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    held = kind_of(model, revision)
     wanted = getattr(getattr(kind, "config_class", None), "model_type", held)
     if held != wanted:
         raise ConfigError(f"{model!r} is a model of the kind {held!r}, but {kind.__name__} reads {wanted!r}; name one.")

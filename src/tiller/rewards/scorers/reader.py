@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, VisionEncoderDecoderModel
 
-from tiller.rewards.loading import load_model, load_processor
+from tiller.rewards.loading import kind_of, load_model, load_processor
 from tiller.types import ConfigError
 
 HOLE = "{}"  # where a text goes into a template
@@ -34,7 +34,9 @@ class Reader:
     @cached_property
     def network(self) -> Any:
         """The model, frozen."""
-        return load_model(AutoModelForImageTextToText, self.model, self.revision, self.device, self.dtype)
+        pair = kind_of(self.model, self.revision) == "vision-encoder-decoder"  # TrOCR and the like
+        kind = VisionEncoderDecoderModel if pair else AutoModelForImageTextToText
+        return load_model(kind, self.model, self.revision, self.device, self.dtype)
 
     @cached_property
     def processor(self) -> Any:
@@ -73,10 +75,15 @@ class Reader:
     @torch.no_grad()
     def answers(self, images: Sequence[Image.Image], questions: Sequence[str], length: int) -> list[str]:
         """What the model says to each picture and question, greedily, with at most `length` tokens."""
-        texts = []
-        for part in self._parts(images, questions, "left"):
-            said = self.network.generate(**part, max_new_tokens=length, do_sample=False)
-            texts += self.processor.batch_decode(said[:, part["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text for part in self._parts(images, questions, "left") for text in self._said(part, length)]
+
+    @torch.no_grad()
+    def readings(self, images: Sequence[Image.Image], length: int) -> list[str]:
+        """What a model that reads, and is asked nothing, finds written in each picture."""
+        texts: list[str] = []
+        for i in range(0, len(images), self.batch_size):
+            inputs = self.processor(images=list(images[i : i + self.batch_size]), return_tensors="pt")
+            texts += self._said(self._placed(inputs), length)
         return texts
 
     def _parts(self, images: Sequence[Image.Image], questions: Sequence[str], side: str) -> Iterator[dict[str, Any]]:
@@ -88,11 +95,30 @@ class Reader:
                 padding=True,
                 padding_side=side,
                 return_tensors="pt",
-            ).to(self.network.device)
-            yield {
-                name: value.to(self.network.dtype) if value.is_floating_point() else value
-                for name, value in inputs.items()
-            }
+            )
+            yield self._placed(inputs)
+
+    def _placed(self, inputs: Any) -> dict[str, Any]:
+        """Inputs on the model's device, numbers of its dtype."""
+        device, dtype = self.network.device, self.network.dtype
+        return {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in inputs.items()
+        }
+
+    def _said(self, part: dict[str, Any], length: int) -> list[str]:
+        """The texts that the model goes on with."""
+        said = self.network.generate(**part, max_new_tokens=length, do_sample=False, eos_token_id=self._ends)
+        start = part["input_ids"].shape[1] if "input_ids" in part else 0
+        return list(self.processor.batch_decode(said[:, start:], skip_special_tokens=True))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The tokens at which it stops: its own, and that of a turn's end, where it has one."""
+        own = self.network.generation_config.eos_token_id
+        ends = [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
+        turn = self.processor.tokenizer.get_vocab().get("<|im_end|>")
+        return ends + [turn] * (turn is not None and turn not in ends)
 
     def _laid_out(self, question: str) -> str:
         if self.layout:
