@@ -99,6 +99,28 @@ def _evaluate(arguments: argparse.Namespace) -> int | None:
     return evaluate.run(Path(arguments.run), overrides=arguments.overrides)
 
 
+def _audit(arguments: argparse.Namespace) -> int | None:
+    from tiller.commands import audit
+
+    file = None if arguments.audit is None else Path(arguments.audit)
+    return audit.run(Path(arguments.run), file, arguments.overrides)
+
+
+def _export(arguments: argparse.Namespace) -> int | None:
+    from tiller.commands import export
+
+    wish = export.Wish(
+        arguments.format,
+        arguments.output,
+        arguments.weights,
+        arguments.dtype,
+        arguments.verify,
+        arguments.push_to_hub,
+        arguments.public,
+    )
+    return export.run(Path(arguments.run), wish)
+
+
 def _pretrain(arguments: argparse.Namespace) -> None:
     from tiller import pretrain
     from tiller.pretrain import kinds
@@ -112,11 +134,32 @@ def _compare(arguments: argparse.Namespace) -> int | None:
     from tiller import config
     from tiller.comparison import Comparison
 
-    file = Path(arguments.comparison)
-    comparison = config.load(Comparison, file, arguments.overrides)
+    named = [Path(name) for name in arguments.comparison if "=" not in name or Path(name).exists()]
+    pairs = [name for name in arguments.comparison if Path(name) not in named]
+    if named and all(path.is_dir() for path in named):
+        if len(named) < 2 or pairs or arguments.overrides:
+            raise ConfigError("runs are compared with each other; give two run folders or more, and no settings.")
+        from tiller.commands import compare
+
+        return compare.runs(named, Path(arguments.output))
+    if len(named) != 1:
+        raise ConfigError("give one COMPARISON.yaml, or two run folders or more.")
+    comparison = config.load(Comparison, named[0], [*pairs, *arguments.overrides])
     from tiller.commands import compare
 
-    return compare.run(comparison, file)
+    return compare.run(comparison, named[0])
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from tiller.commands import report
+
+    return report.run(Path(arguments.run), serve=arguments.live, port=arguments.port)
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    from tiller.commands import report
+
+    return report.findings(Path(arguments.run))
 
 
 def _vote(arguments: argparse.Namespace) -> int | None:
@@ -212,13 +255,44 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", metavar="RUN")
     _takes_overrides(evaluate, _evaluate, "evaluation settings, such as samples_per_prompt=8")
 
+    audit = commands.add_parser("audit", help="what training did to what prompts leave open: colours, sides, genders")
+    audit.add_argument("run", metavar="RUN")
+    audit.add_argument("--audit", metavar="FILE.yaml", help="prompts and who reads them; without, the embedded world's")
+    _takes_overrides(audit, _audit, "settings, such as samples_per_prompt=32")
+
+    export = commands.add_parser("export", help="write a run's weights for diffusers, kohya's tools or ComfyUI")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--format", choices=("diffusers", "kohya", "comfyui", "merged"), default="diffusers")
+    export.add_argument("--output", metavar="DIR_OR_FILE", help="by default RUN/export/FORMAT")
+    export.add_argument("--weights", default="model", metavar="WHICH", help="model, last, ema, best, or a kept epoch")
+    export.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    export.add_argument("--no-verify", dest="verify", action="store_false", help="do not read the export back")
+    export.add_argument("--push-to-hub", metavar="NAME", help="upload it, private, as this repository")
+    export.add_argument("--public", action="store_true", help="with --push-to-hub: for everybody to see")
+    export.set_defaults(command=_export)
+
     pretrain = commands.add_parser("pretrain", help="train a small model from scratch: text-to-image, CLIP or LLaVA")
     pretrain.add_argument("--config", metavar="FILE.yaml", help="settings; without, those of the shipped model")
     _takes_overrides(pretrain, _pretrain, "settings, such as output=my_model data=my_pictures")
 
-    compare = commands.add_parser("compare", help="run variants of a recipe at an equal budget of reward calls")
-    compare.add_argument("comparison", metavar="COMPARISON.yaml")
-    _takes_overrides(compare, _compare, "settings, such as jobs=2 reward_calls=640")
+    compare = commands.add_parser(
+        "compare", help="run variants of a recipe at an equal budget; or lay runs side by side"
+    )
+    compare.add_argument(
+        "comparison", nargs="+", metavar="COMPARISON.yaml | RUN RUN ...", help="and settings, such as jobs=2 seeds=[0]"
+    )
+    compare.add_argument("--output", default="comparison.html", metavar="FILE", help="the page of runs side by side")
+    compare.set_defaults(command=_compare, overrides=[])
+
+    report = commands.add_parser("report", help="a run as one HTML file, RUN/report.html")
+    report.add_argument("run", metavar="RUN")
+    report.add_argument("--live", action="store_true", help="serve it on this machine while the run goes on")
+    report.add_argument("--port", type=int, default=0, help="of --live; without, a free one")
+    report.set_defaults(command=_report)
+
+    diagnose = commands.add_parser("diagnose", help="what the numbers of a run say is wrong with it")
+    diagnose.add_argument("run", metavar="RUN")
+    diagnose.set_defaults(command=_diagnose)
 
     vote = commands.add_parser("vote", help="let people say which of two pictures is better, on a page of this machine")
     vote.add_argument("source", metavar="RUN", help="a run folder, a folder of tiller sample, or a .jsonl of pairs")
