@@ -22,6 +22,7 @@ from tiller.pretrain.data import Source
 from tiller.rewards import Reward, score
 from tiller.rewards.check import describe
 from tiller.types import PipelineError, Prompt, RewardError, Scores, join_scores
+from tiller.vote import asks_people
 
 STEPS = 4  # denoising steps of the trial calls, where the pipeline lets one choose
 SAMPLES = 4  # pictures of the trial, all of one prompt, so that a reward can be seen to vary within a group
@@ -41,7 +42,7 @@ def preflight(
     """Refuse a pipeline, reward or setting with which training could not work; what it saw of the reward.
 
     What is checked of the pipeline depends on the walk that the algorithm learns from, and on whether it gets data.
-    Without a reward, as preference pairs need none, that is not asked.
+    Without a reward, as preference pairs need none, that is not asked; nor are people, before there is need to.
 
     Raises:
         PipelineError: replay differs from the recording, gradients do not reach the trained weights (or reach others),
@@ -58,7 +59,7 @@ def preflight(
         check_stock(policy, texts[0], seed, call)
         return None
     rollout = policy.sample(texts, seed=seed, kernel=algorithm.kernel, **call)
-    seen = None if reward is None else _judged(reward, rollout.images, prompts[0])
+    seen = None if reward is None or asks_people(reward) else _judged(reward, rollout.images, prompts[0])
     varies = seen is None or algorithm.differentiates or not describe(seen, texts)
     if algorithm.walk == "noised":
         check_noised(policy, rollout)

@@ -21,10 +21,11 @@ from tiller.recipe import Model, Recipe
 from tiller.reward_spec import RewardSpec
 from tiller.rewards import Reward, resolve, within
 from tiller.rewards.cache import Store, cached
-from tiller.rewards.mix import mix
+from tiller.rewards.mix import Mix, mix
 from tiller.rewards.resolve import complete
 from tiller.run.claim import CACHE, STACKS
 from tiller.types import ConfigError, Prompt
+from tiller.vote import asks_people
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -107,18 +108,35 @@ def rewards(recipe: Recipe, folder: Path) -> dict[str, Reward]:
 
     def built(spec: RewardSpec) -> Reward:
         reward = resolve(spec.name, spec.settings, spec.key)
+        if asks_people(reward):
+            return getattr(reward, "in_run", lambda _: reward)(folder)
         return cached(within(reward, recipe.run.reward_timeout, folder / STACKS), reward, store)
 
     found: dict[str, Reward] = {}
     trained, title = reward_spec.read(recipe.reward), reward_spec.heading(recipe.reward)
     if title is not None:
         found[title] = mix(trained, [built(spec) for spec in trained])
+        if isinstance(found[title], Mix) and asks_people(found[title]):
+            raise ConfigError(
+                "people cannot be one of several rewards, nor be weighted: the trial before training would ask them "
+                "about pictures that teach nothing; name people alone."
+            )
     for spec in reward_spec.read_reported(recipe.evaluation.rewards):
         same = [one for one in trained if (one.name, one.settings) == (spec.name, spec.settings)]
         if not same or len(trained) > 1:  # else it is the trained one, which is there already
             label = spec.label if spec.label not in found else f"{spec.label} (reported)"
             found[label] = built(spec)
+            if asks_people(found[label]):
+                raise ConfigError(
+                    "evaluation.rewards names people, who compare pictures with each other; leave it out, and let them "
+                    "vote on base against tuned model with tiller vote RUN."
+                )
     return found
+
+
+def without_people(rewards: Mapping[str, Reward]) -> dict[str, Reward]:
+    """The rewards that an evaluation may ask, which scores a model's pictures by themselves."""
+    return {name: reward for name, reward in rewards.items() if not asks_people(reward)}
 
 
 def record(recipe: Recipe) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def run(folder: Path, overrides: list[str]) -> int:
     recipe, tuned = open_run(folder)
     settings = config.from_mapping(Evaluation, config.to_mapping(recipe.evaluation) | config.parse_pairs(overrides))
     recipe = dataclasses.replace(recipe, evaluation=settings)
-    splits, rewards = building.splits(recipe), building.rewards(recipe, folder)
+    splits, rewards = building.splits(recipe), building.without_people(building.rewards(recipe, folder))
     rewards = {name: restored(folder, reward) for name, reward in rewards.items()}
     after = evaluate_policy(tuned, recipe, splits, rewards)
     del tuned

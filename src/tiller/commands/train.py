@@ -71,6 +71,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
                 reward = _calibrated(policy, *asked, seen, folder, terminal)
             record.check_scales(reward)
             rewards[next(iter(rewards))] = reward
+        rewards = building.without_people(rewards)
         wanted = reward_spec.title(recipe.reward) or recipe.data
         terminal.say(f"{recipe.model.name} towards {wanted}, in {folder}, from epoch {state.epoch}")
         with Interrupts(record.save_last) as interrupts:

@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save
 
+from tiller import reward_spec
 from tiller.commands import building
 from tiller.distributed import World
 from tiller.evaluation import in_run
@@ -59,7 +60,7 @@ class Watch:
             policy,
             in_run.few(splits, prompts, settings.pictures),
             rewards,
-            next(iter(rewards), None) if recipe.reward is not None else None,
+            name if (name := reward_spec.heading(recipe.reward)) in rewards else None,
             recipe.train.seed,
             recipe.train.batch_size,
             paths | settings.sampling,
