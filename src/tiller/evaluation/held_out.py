@@ -82,7 +82,7 @@ def evaluate(
 ) -> dict[str, Evaluated]:
     """Every split's pictures, scored by every reward. The same seed gives every model the same initial noise.
 
-    Where a reward returns named scores, or is a sum, `NAME/PART` is each of them. One that compares pictures is shown
+    Where a reward returns named scores, or is a sum, `NAME[PART]` is each of them. One that compares pictures is shown
     the samples of a prompt as a group: its scores rank pictures of one model, and say nothing of one model against
     another.
     """
@@ -96,6 +96,6 @@ def evaluate(
         for name, reward in rewards.items():
             found = score(reward, pictures, texts, metadata, groups=groups)
             scores[name] = found.values
-            scores |= {f"{name}/{part}": column for part, column in found.components.items()}
+            scores |= {f"{name}[{part}]": column for part, column in found.components.items()}
         results[split] = Evaluated(tuple(texts), scores)
     return results
