@@ -39,6 +39,30 @@ def deberta(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    """A CLIP, of which the text tower is read; its tokenizer has no [CLS] and [SEP]."""
+    folder = tmp_path_factory.mktemp("clip")
+    words = parts.clip_tokenizer()
+    text = {**SIZES, "vocab_size": len(words), "eos_token_id": words.eos_token_id, "initializer_range": 0.5}
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config={"image_size": 8, "patch_size": 4, **SIZES}, projection_dim=8
+    )
+    parts.seeded(transformers.CLIPModel, config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory) -> str:
+    """A T5, of which the encoder is read."""
+    folder = tmp_path_factory.mktemp("t5")
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=3, num_heads=2)
+    parts.seeded(transformers.T5ForConditionalGeneration, config).save_pretrained(folder)
+    parts.t5_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 # ---- the formula ----
 
 
@@ -77,16 +101,15 @@ def test_inverse_document_frequency_is_smoothed_by_one() -> None:
 
 def written_out(tokenizer, model, layer: int, candidate: str, reference: str) -> tuple[float, float, float]:
     """The paper's equations with loops over tokens; one text at a time, so nothing is padded."""
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    ends = ends if any(ends) else (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
     def read(text: str):
         inputs = tokenizer(text, return_tensors="pt")
         with torch.no_grad():
             states = model(**inputs, output_hidden_states=True).hidden_states[layer][0].double()
         ids = inputs["input_ids"][0].tolist()
-        return [
-            (token not in (tokenizer.cls_token_id, tokenizer.sep_token_id), s)
-            for token, s in zip(ids, states, strict=True)
-        ]
+        return [(token not in ends, state) for token, state in zip(ids, states, strict=True)]
 
     def cosine(a, b) -> float:
         return float((a * b).sum() / math.sqrt(float((a * a).sum()) * float((b * b).sum())))
@@ -99,13 +122,14 @@ def written_out(tokenizer, model, layer: int, candidate: str, reference: str) ->
     return precision, recall, 2 * precision * recall / (precision + recall)
 
 
-@pytest.mark.parametrize("kind", ["bert", "deberta"])
+@pytest.mark.parametrize("kind", ["bert", "deberta", "clip", "t5"])
 @pytest.mark.parametrize("layer", [1, 3])
 def test_scores_equal_the_definition_written_out(kind, layer, request) -> None:
     folder = request.getfixturevalue(kind)
     scorer = BertScorer(TextEncoder(folder, layer=layer, batch_size=2))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()
+    model = {"clip": lambda: model.text_model, "t5": model.get_encoder}.get(kind, lambda: model)()
     for match, pair in zip(scorer.score(CANDIDATES, REFERENCES), zip(CANDIDATES, REFERENCES, strict=True), strict=True):
         assert match == pytest.approx(written_out(tokenizer, model, layer, *pair), abs=1e-5)
 

@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Any encoder that transformers' AutoModel loads, read at one layer.
+    """Any text encoder that transformers' AutoModel loads, or the text tower of a CLIP, read at one layer.
 
     Raises (when first used):
         ConfigError: the model is not there, its layer is not known, or it has no such layer.
@@ -74,15 +74,14 @@ class TextEncoder:
             texts, padding=True, padding_side="right", truncation=True, max_length=self._length, return_tensors="pt"
         )
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        out = model(
-            ids.to(model.device), attention_mask=mask.to(model.device), output_hidden_states=True, return_dict=True
-        )
+        place = next(model.parameters()).device
+        out = model(ids.to(place), attention_mask=mask.to(place), output_hidden_states=True, return_dict=True)
         hidden = out.hidden_states[self._depth].float().cpu()  # (B, K, D)
-        silent = [token for token in (tokenizer.cls_token_id, tokenizer.sep_token_id) if token is not None]
+        silent = torch.tensor(_silent(tokenizer), dtype=ids.dtype)
         for row, there, states in zip(ids, mask.bool(), hidden, strict=True):
             kept = row[there]
             weights = torch.ones(len(kept))
-            weights[torch.isin(kept, torch.tensor(silent, dtype=kept.dtype))] = 0.0
+            weights[torch.isin(kept, silent)] = 0.0
             yield Tokens(states[there], tuple(kept.tolist()), weights)
 
     @property
@@ -107,7 +106,7 @@ class TextEncoder:
         revision = self.revision or (DEFAULT_REVISION if self.model == DEFAULT_MODEL else None)
         tokenizer = load_processor(AutoTokenizer, self.model, revision)
         config = load_processor(AutoConfig, self.model, revision)
-        count = config.num_hidden_layers
+        count = getattr(config, "text_config", config).num_hidden_layers
         if not 0 <= depth <= count:
             raise ConfigError(f"{self.model} has {count} layers, so layer cannot be {depth}; give 0 to {count}.")
         kind: Any = AutoModel._model_mapping[type(config)]
@@ -115,11 +114,17 @@ class TextEncoder:
         has_pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
         plain: dict[str, Any] = {"add_pooling_layer": False} if has_pooler else {}
         model = load_model(kind, self.model, revision, self.device, **plain)
-        model = model.get_encoder() if config.is_encoder_decoder else model
+        model = model.get_encoder() if config.is_encoder_decoder else getattr(model, "text_model", model)
         stack = getattr(getattr(model, "encoder", None), "layer", None)
         if isinstance(stack, nn.ModuleList):  # what lies above is never asked for
             del stack[max(depth, 1) :]
         return tokenizer, model
+
+
+def _silent(tokenizer: Any) -> list[int]:
+    """The tokens that open and close a text; a tokenizer without [CLS] and [SEP] may have others."""
+    ends = [token for token in (tokenizer.cls_token_id, tokenizer.sep_token_id) if token is not None]
+    return ends or [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
 
 
 PADDED_POSITIONS = ("roberta", "xlm-roberta", "mpnet", "camembert")
