@@ -1,4 +1,4 @@
-"""`tiller compare`: the same budget of reward calls for every variant and seed, one table, one plot."""
+"""`tiller compare`: an equal budget of reward calls for every variant and seed, in one table; or runs side by side."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from tiller.comparison import Comparison, Variant, variants
 from tiller.report.comparison import Row, plot, summarise, table
@@ -38,6 +39,30 @@ def run(comparison: Comparison, file: Path) -> int:
     print(table(summary))
     print(f"table: {folder / 'comparison.md'}, plot: {folder / 'comparison.png'}")
     return 1 if any(codes) else 0
+
+
+def runs(folders: Sequence[Path], output: Path) -> int:
+    """Lay runs that were made side by side, as a table on the terminal and a page in `output`; returns the exit code.
+
+    Raises:
+        RunError: one of the folders holds no run, or the page cannot be written.
+    """
+    from rich.table import Table
+
+    from tiller.report import html, side_by_side
+
+    html.put(output, side_by_side.render(folders))
+    records = side_by_side.named(folders)
+    head, rows = side_by_side.summary(records)
+    table = Table(title=side_by_side.headline(records), title_justify="left", title_style="bold")
+    for number, title in enumerate(head):
+        table.add_column(escape(title), justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 40 + 34 * len(folders))
+    console.print(table)
+    console.print(f"page: {output}", markup=False, soft_wrap=True)
+    return 0
 
 
 def _all(wanted: Sequence[Variant], jobs: int) -> list[int]:

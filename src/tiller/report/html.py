@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -14,9 +15,10 @@ from tiller import emoji
 from tiller.report import sections
 from tiller.report.diagnosis import diagnose
 from tiller.report.gallery import Gallery, gallery
-from tiller.report.markup import Child, Markup, join, raw, tag
+from tiller.report.markup import Child, join, raw, tag
 from tiller.report.record import Record, read
 from tiller.report.words import summarise
+from tiller.types import RunError
 
 REPORT = "report.html"
 
@@ -27,10 +29,24 @@ def write(folder: Path) -> Path:
     Raises:
         RunError: the folder holds no run, or cannot be written.
     """
-    from tiller.run.files import replace_file
+    return put(folder / REPORT, render(folder))
 
-    path = folder / REPORT
-    replace_file(path, render(folder).encode())
+
+def put(path: Path, text: str) -> Path:
+    """Write a page as a whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; make room, or give a folder that can be written."
+        ) from error
     return path
 
 
@@ -125,6 +141,3 @@ def _settings(record: Record, key: str) -> dict[str, Any]:
 def _python(value: Any) -> str:
     """A value as Python writes it, with double quotes."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
-__all__ = ["REPORT", "Markup", "page", "render", "run_page", "snippet", "write"]

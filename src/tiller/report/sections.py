@@ -76,7 +76,9 @@ def table(caption: Child, head: Sequence[str], rows: Sequence[Sequence[Child]], 
         )
         for row in rows
     ]
-    whole = tag("table", tag("caption", caption), tag("thead", tag("tr", *top)), tag("tbody", *body))
+    whole = tag(
+        "table", tag("caption", caption) if caption else None, tag("thead", tag("tr", *top)), tag("tbody", *body)
+    )
     return tag("div", whole, class_="scroll", tabindex="0", role="group", aria_label="table")
 
 

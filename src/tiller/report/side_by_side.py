@@ -17,6 +17,7 @@ from tiller.report.words import UNITS, duration, gain_words, signed, split_words
 
 SAME = ("run.output_dir", "run.report_to", "model.device")  # settings that say nothing about what was learned
 MOST_PROMPTS = 8
+MISSING = "–"  # of a setting that a recipe has not
 
 
 def render(folders: Sequence[Path]) -> str:
@@ -106,7 +107,15 @@ def _plain(value: Any) -> str:
 
 def _results(records: Sequence[Record]) -> list[Child]:
     head, rows = summary(records)
-    return [table("Base to tuned model on the same prompts and noise, with 95 % intervals", head, rows)]
+    made = [[title, *(_stacked(cell) for cell in cells)] for title, *cells in rows]
+    return [table("Base to tuned model on the same prompts and noise, with 95 % intervals", head, made)]
+
+
+def _stacked(cell: str) -> Markup:
+    """A number, and under it, smaller, its interval."""
+    value, _, rest = cell.partition(" (")
+    low = tag("span", rest.removesuffix(")"), class_="soft small under") if rest else None
+    return tag("td", value, low, class_="n")
 
 
 def _curves(records: Sequence[Record]) -> Markup | None:
@@ -172,7 +181,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """By dotted key: every run's value, for the settings that are not the same in all."""
     flat = [flattened(config) for config in configs]
     keys = dict.fromkeys(key for one in flat for key in one)
-    found = {key: [one.get(key, "–") for one in flat] for key in keys if key not in SAME}
+    found = {key: [one.get(key, MISSING) for one in flat] for key in keys if key not in SAME}
     return {key: values for key, values in found.items() if len(set(values)) > 1}
 
 
@@ -188,6 +197,12 @@ def _differences(records: Sequence[Record]) -> Markup:
     found = differences([record.config for record in records])
     if not found:
         return section("differences", "Settings", tag("p", "Their recipes are the same.", class_="soft"))
-    rows = [[key, *values] for key, values in found.items()]
-    made = table("Settings that differ", ["setting", *(record.name for record in records)], rows, numbers=False)
-    return section("differences", "Settings", made)
+    head = ["setting", *(record.name for record in records)]
+    shared = [[key, *values] for key, values in found.items() if MISSING not in values]
+    own = [[key, *values] for key, values in found.items() if MISSING in values]
+    only = tag("details", tag("summary", "Settings that only some of them have"), _settings(head, own)) if own else None
+    return section("differences", "Settings that differ", _settings(head, shared) if shared else None, only)
+
+
+def _settings(head: Sequence[str], rows: Sequence[Sequence[Child]]) -> Markup:
+    return table(None, head, rows, numbers=False)
