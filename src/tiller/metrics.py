@@ -1,12 +1,16 @@
-"""The numbers of an epoch: what the scores looked like, means over everything that was added up, seconds."""
+"""The numbers of an epoch: what the scores looked like, means over everything added up, seconds, memory."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from tiller.advantages import zero_spread_groups
 from tiller.distributed import World
@@ -26,6 +30,17 @@ def score_metrics(scores: Scores, group_size: int) -> dict[str, float]:
         groups = [index // group_size for index in range(len(values))]
         metrics["reward/zero_spread_groups"] = float(zero_spread_groups(values, groups))
     return metrics
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """GB that this process holds now, and the most that it has held on the device; for the timings, as it varies."""
+    found = {}
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found["memory/gb"] = pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if device.type == "cuda":
+        found["memory/device_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return found
 
 
 class Log:

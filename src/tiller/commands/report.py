@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +27,17 @@ def run(folder: Path, serve: bool = False, port: int = 0) -> int:
         console.print(finding)
     console.print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def summed_up(folder: Path, say: Callable[[str], None]) -> None:
+    """What a run says last: the gravest findings, three lines at most, and where the page is.
+
+    Raises:
+        RunError: the page cannot be written.
+    """
+    for finding in lines(diagnose(read(folder))):
+        say(finding)
+    say(f"report: {html.write(folder)}")
 
 
 def findings(folder: Path) -> int:

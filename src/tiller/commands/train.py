@@ -15,16 +15,19 @@ from tiller import config, reward_spec
 from tiller.algorithms.base import Algorithm
 from tiller.commands import building
 from tiller.commands.outcome import Outcome, outcome_tables
+from tiller.commands.report import summed_up
 from tiller.commands.watching import Watch
 from tiller.data import check_data, open_data
 from tiller.distributed import World
 from tiller.evaluation import Evaluated, draw_pictures, drift, evaluate
+from tiller.metrics import memory
 from tiller.policy import Policy
 from tiller.preflight import preflight
 from tiller.prompts import load
 from tiller.recipe import Recipe
 from tiller.report import before_after, curve, sheet
 from tiller.report.listed import write_shown
+from tiller.report.pictures import keep_stage
 from tiller.report.rewards import table as rewards_table
 from tiller.report.terminal import Terminal
 from tiller.rewards import Reward
@@ -94,6 +97,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
             )
             for report in interrupts.over(() if watch.ended else sick.watch(reports, folder, resolved, world)):
                 report.metrics.update(watch.at(state))
+                report.timings.update(memory(world.device))
                 record.log(report)
                 terminal.epoch(report.epoch, _line(report, pace))
                 last = watch.ended or report.epoch == recipe.train.epochs
@@ -110,6 +114,8 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
             if world.is_main:
                 _conclude(folder, Outcome(base, tuned, next(iter(rewards), None)), moved, terminal)
             record.finish()
+        if world.is_main:
+            summed_up(folder, terminal.say)
     return 0
 
 
@@ -174,6 +180,7 @@ class Shown:
         texts = [prompt.text for prompt in self.prompts for _ in range(self.PER_PROMPT)]
         rows = range(0, len(drawn), self.PER_PROMPT)
         sheet([(texts[row], drawn[row : row + self.PER_PROMPT]) for row in rows], folder / f"epoch-{epoch:06d}.png")
+        keep_stage(folder, epoch, [prompt.text for prompt in self.prompts], drawn, self.PER_PROMPT)
         write_shown(folder, "last" if epoch else "first", texts, drawn)
         if epoch:
             before = [Image.open(first / f"{number:03d}.png") for number in range(len(drawn))]
