@@ -68,6 +68,7 @@ def build(config: ClipConfig, words: CLIPTokenizer) -> CLIPModel:
         projection_dim=config.joint_width,
         logit_scale_init_value=math.log(1 / 0.07),
         text_config={
+            "projection_dim": config.joint_width,
             "vocab_size": len(words),
             "hidden_size": config.text_width,
             "intermediate_size": 4 * config.text_width,
@@ -79,6 +80,7 @@ def build(config: ClipConfig, words: CLIPTokenizer) -> CLIPModel:
             "pad_token_id": end,
         },
         vision_config={
+            "projection_dim": config.joint_width,
             "hidden_size": config.width,
             "intermediate_size": 4 * config.width,
             "num_hidden_layers": config.layers,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,8 @@ def vocabulary() -> list[str]:
 
 def build(config: LlavaConfig, tower: CLIPVisionModel, words: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """The model with this vision tower and all else untrained, the same for the same seed."""
+    ends: dict[str, Any] = {name: getattr(words, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    image: Any = words.convert_tokens_to_ids(chat.IMAGE)
     text = LlamaConfig(
         vocab_size=len(words),
         hidden_size=config.width,
@@ -63,21 +66,17 @@ def build(config: LlavaConfig, tower: CLIPVisionModel, words: PreTrainedTokenize
         num_hidden_layers=config.layers,
         num_attention_heads=config.width // config.head_width,
         max_position_embeddings=LONGEST,
-        pad_token_id=words.pad_token_id,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
+        **ends,
     )
     architecture = LlavaArchitecture(
         vision_config=tower.config.to_dict(),
         text_config=text.to_dict(),
-        image_token_index=words.convert_tokens_to_ids(chat.IMAGE),
+        image_token_index=image,
         image_seq_length=places(tower),
         projector_hidden_act="gelu",
         vision_feature_select_strategy="full",
         vision_feature_layer=-2,  # what the tower's last layer reads; its own patches are never used by CLIP
-        pad_token_id=words.pad_token_id,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
+        **ends,
     )
     architecture._attn_implementation = "eager"  # faster than the fused one for so few tokens on a CPU
     torch.manual_seed(config.seed)
@@ -88,7 +87,8 @@ def build(config: LlavaConfig, tower: CLIPVisionModel, words: PreTrainedTokenize
 
 def places(tower: CLIPVisionModel) -> int:
     """How many tokens a picture takes: its patches and the class token."""
-    return (tower.config.image_size // tower.config.patch_size) ** 2 + 1
+    vision: Any = tower.config
+    return (vision.image_size // vision.patch_size) ** 2 + 1
 
 
 def answer_loss(model: LlavaForConditionalGeneration, tokens: chat.Tokens, pictures: Tensor | None) -> Tensor:
@@ -173,7 +173,7 @@ def pretrain(config: LlavaConfig) -> Iterator[Progress]:
 
 def export(model: LlavaForConditionalGeneration, words: PreTrainedTokenizerFast, clip: str, folder: Path) -> None:
     """Writes model and processor, fp16 weights that load as fp32."""
-    vision = model.config.vision_config
+    vision: Any = model.config.vision_config
     model.half().save_pretrained(folder)
     load_in_fp32(folder / "config.json")
     source = emoji.path(clip) if clip in emoji.READERS else Path(clip)
