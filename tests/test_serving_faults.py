@@ -24,7 +24,7 @@ from tiller.rewards import score
 from tiller.rewards.serving.client import Remote, Server
 from tiller.rewards.serving.exchange import Refusal, Times
 from tiller.rewards.serving.persistence import Persistence
-from tiller.types import ConfigError, RewardError, Score
+from tiller.types import ConfigError, RewardError, Score, ServiceError
 
 PICTURES = [Image.new("RGB", (4, 4), (40 * index, 0, 0)) for index in range(4)]
 PROMPTS = [f"cat {index}" for index in range(4)]
@@ -276,6 +276,15 @@ def test_groups_stay_together_and_a_reward_that_needs_them_says_so() -> None:
         assert len(server.talks) == 1
         with pytest.raises(Refusal, match="add groupwise: true"):
             judge(at(server))
+
+
+def test_videos_and_metadata_that_is_no_json_are_refused_before_anything_is_sent() -> None:
+    with stub.stub(well) as server:
+        with pytest.raises(ServiceError, match="takes single pictures, and these are lists"):
+            at(server)([PICTURES], ["a"], [{}])  # type: ignore[list-item]
+        with pytest.raises(ServiceError, match="metadata cannot be sent to the server as JSON"):
+            at(server)(PICTURES[:1], ["a"], [{"n": object()}])
+        assert server.connections == 0
 
 
 def test_another_reward_behind_the_address_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -26,7 +26,7 @@ def answer(reward: Callable[..., Any], request: Request, alone: bool) -> list[Re
     """
     try:
         raw = _called(reward, request)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not alone:
             raise
         if len(request.images) == 1:

@@ -41,7 +41,7 @@ class Server:
     service: str  # what to call it in messages
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     batch_size: int = 16  # pictures per request
-    picture: str = "png"
+    picture: str = "webp"
     groupwise: bool = False  # all pictures of a call go into one request
     times: Times = field(default_factory=Times)
     persistence: Persistence = field(default_factory=Persistence)
@@ -56,6 +56,9 @@ class Server:
         Raises:
             ServiceError: it is away for longer than the budget, or refuses.
         """
+
+        if not all(isinstance(image, Image) for image in images):
+            raise ServiceError(f"{self.service} takes single pictures, and these are {type(images[0]).__name__}s.")
 
         def ask(numbers: list[int], deadline: float) -> Mapping[int, Result]:
             found = self._score(
@@ -173,7 +176,7 @@ class Remote:
     token_env: str | None = None  # the name of the environment variable that holds the token, never the token
     batch_size: int = 16  # pictures per request
     concurrency: int = 4  # requests at once
-    picture: Literal["png", "webp", "jpeg"] = "png"  # png and webp lose nothing
+    picture: Literal["png", "webp", "jpeg"] = "webp"  # png and webp lose nothing; webp takes a third of png's time
     timeout: float = 120.0  # seconds for one request
     connect_timeout: float = 10.0  # seconds
     read_timeout: float = 60.0  # seconds without a byte
