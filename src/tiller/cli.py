@@ -99,6 +99,12 @@ def _evaluate(arguments: argparse.Namespace) -> int | None:
     return evaluate.run(Path(arguments.run), overrides=arguments.overrides)
 
 
+def _benchmark(arguments: argparse.Namespace) -> int | None:
+    from tiller.commands import benchmark
+
+    return benchmark.run(arguments.model, arguments.suite, Path(arguments.output), arguments.overrides)
+
+
 def _audit(arguments: argparse.Namespace) -> int | None:
     from tiller.commands import audit
 
@@ -254,6 +260,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="compare base and tuned model of a run, on held-out prompts")
     evaluate.add_argument("run", metavar="RUN")
     _takes_overrides(evaluate, _evaluate, "evaluation settings, such as samples_per_prompt=8")
+
+    benchmark = commands.add_parser("benchmark", help="draw a suite of prompts by a fixed protocol, and measure")
+    benchmark.add_argument("model", metavar="MODEL", help="a run folder, a pipeline folder, a name on the hub, emoji")
+    benchmark.add_argument("suite", metavar="SUITE", help="a .jsonl file shaped as DrawBench, PartiPrompts or GenEval")
+    benchmark.add_argument("--output", default="benchmark.json", metavar="FILE.json")
+    _takes_overrides(benchmark, _benchmark, "the protocol, such as rewards=[clip_score] samples_per_prompt=4")
 
     audit = commands.add_parser("audit", help="what training did to what prompts leave open: colours, sides, genders")
     audit.add_argument("run", metavar="RUN")
