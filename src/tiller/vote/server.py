@@ -109,7 +109,7 @@ class Server:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on
     except OSError as error:
         raise ConfigError(f"there is no address {host!r} here ({error.strerror}); leave --host out.") from error
     try:
