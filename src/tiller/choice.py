@@ -11,6 +11,14 @@ from tiller.types import ConfigError
 
 
 @dataclass(frozen=True)
+class Word:
+    """A word that a recipe may write in the place of a value, in the field's type: `Annotated[int, Word(..)]`."""
+
+    text: str
+    value: Any
+
+
+@dataclass(frozen=True)
 class Chosen:
     """One class of a `Choice`, by name, with the settings given for it; `load` imports it."""
 

@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tiller.choice import Choice, Chosen
+from tiller.choice import Choice, Chosen, Word
 from tiller.types import ConfigError
 
 _WORDS: dict[Any, str] = {
@@ -61,7 +61,9 @@ def parse_value(value: Any, hint: Any, key: str) -> Any:
     if origin is Annotated:
         choice = next((mark for mark in arguments[1:] if isinstance(mark, Choice)), None)
         if choice is None:
-            return parse_value(value, arguments[0], key)
+            words = {mark.text: mark.value for mark in arguments[1:] if isinstance(mark, Word)}
+            known = isinstance(value, str) and value in words
+            return words[value] if known else parse_value(value, arguments[0], key)
         if value is None and type(None) in get_args(arguments[0]):
             return None
         return _choice(value, choice, key)

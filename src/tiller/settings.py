@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from tiller.choice import Word
+from tiller.geometry import Sizes, advice, memory_bytes
 from tiller.types import ConfigError
+
+AUTO = 0  # what `batch_size: auto` is in Python
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,9 @@ class TrainConfig:
     epochs: int = 20  # rounds of: draw samples, score them, update
     samples_per_epoch: int = 64  # pictures drawn per epoch
     group_size: int = 8  # pictures per prompt drawn
-    batch_size: int = 32  # pictures that go through the pipeline at once, in sampling and in training alike
+    # pictures that go through the pipeline at once, in sampling and in training alike; auto: what fits into the memory
+    batch_size: Annotated[int, Word("auto", AUTO)] = 32
+    memory: str | None = None  # that a batch_size of auto may use, such as 8GB; None: nine tenths of the device's
     updates_per_epoch: int = 1  # optimiser steps each time an epoch's samples are gone through
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
@@ -31,8 +37,11 @@ class TrainConfig:
     seed: int = 0  # of prompts, noise and initial adapter weights
 
     def __post_init__(self) -> None:
-        for name in ("samples_per_epoch", "group_size", "batch_size", "updates_per_epoch"):
+        if self.memory is not None:
+            memory_bytes(self.memory)
+        for name in ("samples_per_epoch", "group_size", "updates_per_epoch"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
+        _require(self.batch_size >= AUTO, f"batch_size is {self.batch_size}; it must be at least 1, or auto.")
         for name in ("epochs", "learning_rate", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it cannot be negative.")
         for name in ("eps", "max_grad_norm"):
@@ -41,8 +50,13 @@ class TrainConfig:
         _require(all(0 <= beta < 1 for beta in betas), f"betas are {betas}; each must be in [0, 1).")
         _require(decay is None or 0 <= decay < 1, f"ema_decay is {decay}; it must be in [0, 1), or null.")
         _whole(self.samples_per_epoch, "group_size", self.group_size)
-        _whole(self.samples_per_epoch, "batch_size", self.batch_size)
-        _whole(self.samples_per_epoch, "batch_size * updates_per_epoch", self.per_round)
+        if self.batch_size == AUTO:
+            _whole(self.samples_per_epoch, "updates_per_epoch", self.updates_per_epoch)
+            return
+        sizes = Sizes(self.samples_per_epoch, self.group_size, self.updates_per_epoch)
+        other = advice(sizes, self.batch_size)
+        _whole(self.samples_per_epoch, "batch_size", self.batch_size, other)
+        _whole(self.samples_per_epoch, "batch_size * updates_per_epoch", self.per_round, other)
 
     @property
     def per_round(self) -> int:
@@ -55,11 +69,13 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _whole(value: int, unit_name: str, unit: int) -> None:
-    """The samples of an epoch must be a whole number of units; else say which number near it is."""
+def _whole(value: int, unit_name: str, unit: int, other: str = "") -> None:
+    """The samples of an epoch must be a whole number of units; else say which number near it is, and `other` cures."""
     if value % unit:
         near = max(1, (value + unit // 2) // unit) * unit
-        raise ConfigError(f"samples_per_epoch is {value}, which is no multiple of {unit_name} ({unit}); {near} is.")
+        raise ConfigError(
+            f"samples_per_epoch is {value}, which is no multiple of {unit_name} ({unit}); {near} is{other}."
+        )
 
 
 @dataclass(frozen=True)

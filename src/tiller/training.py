@@ -14,6 +14,7 @@ from tiller.collect import Batch, collect, noise_window
 from tiller.critic import Paths, prompt_vectors
 from tiller.data import Data, check_data, open_data
 from tiller.distributed import World
+from tiller.geometry import Sizes, advice
 from tiller.metrics import Clock, score_metrics
 from tiller.offline import Offline
 from tiller.pairs import Pairs
@@ -23,7 +24,7 @@ from tiller.rewards import Reward
 from tiller.rewards.cache import counts
 from tiller.rewards.check import check_gradient, check_groups, too_many_missing
 from tiller.rewards.scale import unmeasured
-from tiller.settings import TrainConfig
+from tiller.settings import AUTO, TrainConfig
 from tiller.state import TrainState
 from tiller.trial import calibrated
 from tiller.types import ConfigError, Prompt, RewardError, Scores
@@ -179,10 +180,15 @@ def check(
             f"{name} compares pictures of one prompt, and train.group_size is {config.group_size}; make it at least "
             f"{algorithm.min_group}."
         )
+    if config.batch_size == AUTO:
+        raise ConfigError("train.batch_size is auto, which `tiller train` solves; in Python, give a number.")
+    sizes = Sizes(
+        config.samples_per_epoch, config.group_size, config.updates_per_epoch, world.size, algorithm.whole_groups
+    )
     if algorithm.whole_groups and config.batch_size % config.group_size:
         raise ConfigError(
             f"{name} compares all pictures of one prompt in one batch; make train.batch_size ({config.batch_size}) a "
-            f"multiple of train.group_size ({config.group_size})."
+            f"multiple of train.group_size ({config.group_size}){advice(sizes, config.batch_size)}."
         )
     if reward is not None:
         check_groups(reward, config.batch_size, config.group_size)
@@ -193,6 +199,6 @@ def check(
         raise ConfigError(
             f"{chunks} batches per update cannot be shared by {world.size} processes; make train.samples_per_epoch a "
             f"multiple of batch_size × updates_per_epoch × processes "
-            f"({config.batch_size * config.updates_per_epoch * world.size})."
+            f"({config.batch_size * config.updates_per_epoch * world.size}){advice(sizes, config.batch_size)}."
         )
     noise_window(policy, algorithm, sampling, 0, config.seed)

@@ -17,7 +17,7 @@ from tiller.policy import Policy, seam
 from tiller.run.files import sha256
 
 # what may change when a run goes on: it has no part in what is learned
-FREE = ("run", "evaluation", "held_out", "train.epochs", "model.device")
+FREE = ("run", "evaluation", "held_out", "train.epochs", "train.memory", "model.device")
 PACKAGES = ("tiller", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 SAMPLE = 64  # numbers per tensor that a model is known by
 
