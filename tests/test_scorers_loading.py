@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, CLIPModel
 
 import tiny_parts as parts
 import tiny_scorers as tiny
-from tiller.rewards import loading
+from tiller.rewards import loading, resolve
 from tiller.rewards.loading import choose_device, choose_dtype, load_model, load_processor, load_tensors
 from tiller.types import ConfigError
 
@@ -145,6 +145,29 @@ def test_a_file_of_tensors_must_be_safetensors_and_there(tmp_path) -> None:
             load_tensors(name)
     with pytest.raises(ConfigError, match=r"there is no folder ./nowhere; give one that transformers wrote"):
         load_model(CLIPModel, "./nowhere")
+
+
+SETTINGS = {
+    "clip_score": {"scale": 2.5},
+    "pick_score": {"scale": 1.0},
+    "aesthetic": {"head": "head.safetensors"},
+    "hps": {"weights": "hps.safetensors"},
+    "hps_v3": {"instruction": "text.txt"},
+    "image_reward": {"weights": "reward.safetensors"},
+    "vqa_score": {"over": "answers"},
+    "ocr": {"question": ""},
+    "geneval": {"part": "strict"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_scorers_have_names_and_settings_and_load_nothing_before_the_first_picture(name) -> None:
+    reward = resolve(name, SETTINGS[name])
+    assert {key: getattr(reward, key) for key in SETTINGS[name]} == SETTINGS[name]
+    assert reward.deterministic
+    assert not {"clip", "reader", "detector", "network"} & set(vars(reward))
+    with pytest.raises(ConfigError, match=r"reward.devcie is unknown; did you mean reward.device\?"):
+        resolve(name, {**SETTINGS[name], "devcie": "cpu"})
 
 
 def test_devices_and_dtypes_by_name() -> None:

@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tiller import emoji
 from tiller.types import ConfigError
 
-PACKAGED: dict[str, str] = {}
+PACKAGED: dict[str, str] = {name: f"emoji/{folder}" for name, folder in emoji.READERS.items()}
 """Models that come with tiller: name -> folder inside the package."""
 
 PINNED: dict[str, str] = {
@@ -89,7 +90,7 @@ def load_model(
     """
     folder = folder_of(model, revision)
     place = choose_device(device)
-    _check_kind(kind, model, revision)
+    _check_kind(kind, folder, model)
     if not any(folder.glob("model*.safetensors")):
         raise ConfigError(_no_weights(folder, model))
     network, report = _read(
@@ -184,7 +185,11 @@ def kind_of(model: str, revision: str | None = None) -> str:
     Raises:
         ConfigError: there is no such folder or model, or it is none of transformers.
     """
-    path = folder_of(model, revision, weights=False) / "config.json"
+    return _kind_in(folder_of(model, revision, weights=False), model)
+
+
+def _kind_in(folder: Path, model: str) -> str:
+    path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{model!r} has no config.json, so it is no model of transformers; check the name.")
     return str(json.loads(path.read_text(encoding="utf-8")).get("model_type"))
@@ -232,9 +237,9 @@ def _fetch(fetch: Callable[[], str], model: str, revision: str) -> str:
         raise ConfigError(f"the hub did not give {model!r}: {_first_line(error)}; try again later.") from error
 
 
-def _check_kind(kind: Any, model: str, revision: str | None) -> None:
+def _check_kind(kind: Any, folder: Path, model: str) -> None:
     """Refuse a folder that holds another architecture, which transformers would fill with random weights."""
-    held = kind_of(model, revision)
+    held = _kind_in(folder, model)
     wanted = getattr(getattr(kind, "config_class", None), "model_type", held)
     if held != wanted:
         raise ConfigError(f"{model!r} is a model of the kind {held!r}, but {kind.__name__} reads {wanted!r}; name one.")

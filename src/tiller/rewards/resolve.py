@@ -34,6 +34,7 @@ BUILT_IN: dict[str, str] = {
     "image_reward": "tiller.rewards.scorers.image_reward:ImageReward",
     "vqa_score": "tiller.rewards.scorers.vqa_score:VQAScore",
     "ocr": "tiller.rewards.scorers.ocr:OCR",
+    "geneval": "tiller.rewards.scorers.geneval:GenEval",
     "vlm_alignment": "tiller.rewards.judge.describe:VLMAlignment",
     "vlm_counting": "tiller.rewards.judge.questions:VLMCounting",
     "vlm_questions": "tiller.rewards.judge.questions:VLMQuestions",

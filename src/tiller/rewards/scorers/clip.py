@@ -77,7 +77,8 @@ class Clip:
             tokens = self.tokenizer(
                 different[i : i + self.batch_size], padding=True, truncation=True, max_length=limit, return_tensors="pt"
             ).to(self.network.device)
-            vectors.append(self.network.get_text_features(**tokens).pooler_output)
+            features = self.network.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+            vectors.append(features.pooler_output)
         rows = [different.index(prompt) for prompt in prompts]
         return unit(torch.cat(vectors))[rows]
 
