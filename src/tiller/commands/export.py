@@ -1,10 +1,8 @@
-"""`tiller export`: a run's weights in the names that other programs read, checked by reading back, with a card beside."""
+"""`tiller export`: a run's weights in the names that other programs read, read back and compared, with a card."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +59,7 @@ def run(folder: Path, wish: Wish) -> int:
     print(str(checked) if checked else "not read back (--no-verify)")
     print(f"card: {written}")
     if wish.push_to_hub:
-        print(f"pushed to {hub.push(written.parent, target, wish.push_to_hub, private=not wish.public)}")
+        print(f"pushed to {hub.push(written, target, wish.push_to_hub, private=not wish.public)}")
     return 0
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tiller import reward_spec, yaml_text
 from tiller.config import to_mapping
 from tiller.export.families import Family
-from tiller.export.header import hub_name, model_name, shown_name
+from tiller.export.header import hub_name, model_name, shown_name, shown_title, without_folders
 from tiller.export.licence import UNKNOWN, licence_of
 from tiller.export.markdown import escape, table
 from tiller.export.usage import how_to_load
@@ -65,7 +65,7 @@ def updates(run: Path, epoch: int) -> int:
 def _lines(
     about: About, family: Family | None, checked: Verified | None, gallery: str | None, repository: str | None
 ) -> Iterator[str]:
-    recipe, rewards = about.recipe, escape(reward_spec.title(about.recipe.reward)) or "preference pairs"
+    recipe, rewards = about.recipe, escape(shown_title(about.recipe)) or "preference pairs"
     yield f"---\n{yaml_text.write(_front(about))}---\n{OWN}\n"
     yield f"# {escape(about.run.resolve().name)}\n"
     yield (
@@ -124,7 +124,7 @@ def _rewards(recipe: Recipe) -> Iterator[list[str]]:
     for spec in (*reward_spec.read(recipe.reward), *reward_spec.read_reported(recipe.evaluation.rewards)):
         trained = spec.key.startswith("reward")
         pinned = ", ".join(f"{key} {plain(key, value)}" for key, value in spec.settings.items())
-        yield [escape(shown_name(spec.name)), f"{spec.weight:g}" if trained else "only reported", escape(pinned)]
+        yield [escape(without_folders(spec.name)), f"{spec.weight:g}" if trained else "only reported", escape(pinned)]
 
 
 def _outcome(run: Path) -> Iterator[str]:
@@ -138,8 +138,8 @@ def _outcome(run: Path) -> Iterator[str]:
     drift = _json(run / "evaluation" / "drift.json") or {}
     if drift.get("kl_to_base") is not None:
         yield (
-            f"Distance from the base model: KL {drift['kl_to_base']:.1f} nats per picture along the sampled paths; pictures of "
-            f"one prompt differ by {drift['diversity_tuned']:.3f} (base: {drift['diversity_base']:.3f}).\n"
+            f"Distance from the base model: KL {drift['kl_to_base']:.1f} nats per picture along the sampled paths; "
+            f"pictures of one prompt differ by {drift['diversity_tuned']:.3f} (base: {drift['diversity_base']:.3f}).\n"
         )
 
 
@@ -192,17 +192,7 @@ def plain(key: str, value: Any) -> Any:
         return [plain(key, entry) for entry in value]
     if isinstance(value, str) and SECRET.search(key) and key not in CLEARTEXT:
         return "[left out]"
-    return _without_folders(value) if isinstance(value, str) else value
-
-
-def _without_folders(text: str) -> str:
-    """A text, or if it is a path, its last part; `path/file.py:name` keeps its name."""
-    file, colon, rest = text.rpartition(":")
-    if colon and not file.startswith("http") and ("/" in file or file.endswith(".py")):
-        return f"{shown_name(file)}:{rest}"
-    if "://" in text:
-        return redacted(text.split("://")[0] + "://" + text.split("://")[1].rpartition("@")[2].split("?")[0])
-    return shown_name(text) if text.startswith(("/", "~", ".")) or Path(text).exists() else redacted(text)
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def _gallery(about: About, folder: Path) -> str | None:

@@ -83,14 +83,14 @@ def need_family(denoisers: Mapping[str, Any], wanted: str) -> Family:
     """
     if len(denoisers) > 1:
         raise ExportError(
-            f"{' and '.join(denoisers)} are trained together, and a {wanted} file holds one model; export with --format "
-            "diffusers or merged."
+            f"{' and '.join(denoisers)} are trained together, and a {wanted} file holds one model; export with "
+            "--format diffusers or merged."
         )
     module = next(iter(denoisers.values()))
     found = family_of(type(module).__name__, module.config)
     if found is None:
         raise ExportError(
-            f"{type(module).__name__} has no {wanted} names (there are some for {KNOWN}); export with --format diffusers "
-            "or merged."
+            f"{type(module).__name__} has no {wanted} names (there are some for {KNOWN}); export with --format "
+            "diffusers or merged."
         )
     return found

@@ -1,7 +1,7 @@
 """What is written into the header of a safetensors file, under the names that other programs show.
 
-`modelspec.*` is Stability AI's model specification, `ss_*` are kohya's. All values are texts. No path of this machine and no
-secret goes in: a local model is named by its folder alone, and texts pass `redacted`.
+`modelspec.*` is Stability AI's model specification, `ss_*` are kohya's. All values are texts. No path of this
+machine and no secret goes in: a local model is named by its folder alone, and texts pass `redacted`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiller import reward_spec
 from tiller.export.families import Family
 from tiller.recipe import Recipe
-from tiller.reward_spec import title
 from tiller.rewards.redact import redacted
 
 
@@ -32,6 +32,27 @@ def shown_name(name: str) -> str:
     return redacted(path.name or name if local else name)
 
 
+def without_folders(text: str) -> str:
+    """A setting's text; a path becomes its last part, `path/file.py:name` keeps its name, an address loses its query."""
+    file, colon, rest = text.rpartition(":")
+    if colon and "://" not in text and ("/" in file or file.endswith(".py")):
+        return f"{shown_name(file)}:{rest}"
+    if "://" in text:
+        scheme, _, place = text.partition("://")
+        return redacted(f"{scheme}://{place.rpartition('@')[2].split('?')[0]}")
+    return shown_name(text) if text.startswith(("/", "~", ".")) or Path(text).exists() else redacted(text)
+
+
+def shown_title(recipe: Recipe) -> str:
+    """What is rewarded, in words, without a path; empty for preference pairs."""
+    specs = [spec for spec in reward_spec.read(recipe.reward) if spec.weight]
+    names = [without_folders(spec.label) for spec in specs]
+    weighted = [
+        name if spec.weight == 1 else f"{spec.weight:g} {name}" for name, spec in zip(names, specs, strict=True)
+    ]
+    return " + ".join(names if len(specs) == 1 else weighted)
+
+
 def hub_name(recipe: Recipe) -> str | None:
     """The base model's name on the hub; None for a local or an embedded one."""
     name = recipe.model.name
@@ -42,6 +63,7 @@ def header(
     recipe: Recipe, name: str, updates: int, family: Family | None, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """The header of a LoRA file."""
+    towards = f"{recipe.algorithm.name} towards {shown_title(recipe)}"
     train, model, sampling = recipe.train, recipe.model, recipe.sampling
     size = f"{sampling['width']}x{sampling['height']}" if {"width", "height"} <= set(sampling) else ""
     found: dict[str, Any] = {
@@ -49,7 +71,7 @@ def header(
         "modelspec.title": name,
         "modelspec.architecture": f"{family.architecture}/lora" if family else "",
         "modelspec.implementation": "diffusers",
-        "modelspec.description": f"{model_name(recipe)} fine-tuned by {recipe.algorithm.name} towards {title(recipe.reward)}",
+        "modelspec.description": f"{model_name(recipe)} fine-tuned by {towards}",
         "modelspec.resolution": size,
         "modelspec.hash_sha256": f"0x{digest(tensors)}",
         "ss_output_name": name,
@@ -68,7 +90,7 @@ def header(
         "ss_gradient_checkpointing": model.gradient_checkpointing,
         "ss_optimizer": f"torch.optim.AdamW(weight_decay={train.weight_decay},betas={train.betas},eps={train.eps})",
         "ss_resolution": size,
-        "ss_training_comment": f"tiller: {recipe.algorithm.name} towards {title(recipe.reward)}",
+        "ss_training_comment": f"tiller: {towards}",
     }
     return {key: redacted(str(value)) for key, value in found.items() if value not in (None, "")}
 

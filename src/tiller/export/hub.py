@@ -25,7 +25,7 @@ def check_name(name: str) -> None:
 def push(card: Path, target: Path, name: str, private: bool = True) -> str:
     """Upload the export's own files, and no others of its folder; returns the repository's address.
 
-    The token is huggingface_hub's own affair: the environment's HF_TOKEN, or that of `hf auth login`. It is not read here.
+    The token is huggingface_hub's own affair: HF_TOKEN, or that of `hf auth login`. It is not read here.
 
     Raises:
         ExportError: a file holds a secret of the environment, or the hub refuses.
@@ -33,7 +33,7 @@ def push(card: Path, target: Path, name: str, private: bool = True) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    names = [*_own(target), target.parent / card if target.is_file() else card]
+    names = [*_own(target), card]
     folder = card.parent
     gallery = folder / "before_after.jpg"
     files = sorted({file.relative_to(folder).as_posix() for file in [*names, *([gallery] if gallery.exists() else [])]})

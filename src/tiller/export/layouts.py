@@ -1,9 +1,10 @@
-"""A LoRA's tensors under the names of kohya's sd-scripts and of ComfyUI. Nothing is rounded or scaled: alpha is kept."""
+"""A LoRA's tensors under the names of kohya's sd-scripts and of ComfyUI. Nothing is scaled: alpha is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Pair:
 def pairs(module: nn.Module) -> dict[str, Pair]:
     """A denoiser's adapters by diffusers' names of the layers, on the CPU."""
     state = {name: tensor.detach().cpu() for name, tensor in lora_state(module).items()}
-    config = module.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+    config: Any = module.peft_config[ADAPTER]  # type: ignore[index, union-attr]
     layers = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
     return {
         layer: Pair(state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"], float(config.lora_alpha))
@@ -84,9 +85,9 @@ def stacked(place: Place, members: Mapping[str, Pair], heights: Mapping[str, int
         return next(iter(members.values()))
     first = next(iter(members.values()))
     rank = len(first.down)
-    nothing = [
-        Pair(torch.zeros_like(first.down), first.down.new_zeros(heights[name], rank), 0.0) for name in place.stacked
+    parts = [
+        members.get(name) or Pair(torch.zeros_like(first.down), first.down.new_zeros(heights[name], rank), 0.0)
+        for name in place.stacked
     ]
-    parts = [members.get(name, empty) for name, empty in zip(place.stacked, nothing, strict=True)]
     down, up = torch.cat([part.down for part in parts]), torch.block_diag(*(part.up for part in parts))
     return Pair(down, up, first.alpha * len(parts))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tiller import config
@@ -40,8 +40,8 @@ def read_run(folder: Path, weights: str = "model") -> Trained:
 
     Args:
         weights: `model` is what the run saved at its end (the running mean, where it keeps one); `last` and `ema` are
-            the newest checkpoint's weights and running mean; `best` the checkpoint of the highest evaluation; a number
-            is an epoch.
+            the newest checkpoint's weights and running mean; `best` those of the best evaluation that lost
+            nothing; a number is an epoch.
 
     Raises:
         RunError: this is no run, or it has no such weights.
@@ -59,6 +59,11 @@ def read_run(folder: Path, weights: str = "model") -> Trained:
             load(policy, saved)
         kind = "the running mean of the weights" if recipe.train.ema_decay is not None else "the weights"
         return Trained(folder, recipe, policy, f"{kind} at the end of the run", recipe.train.epochs)
+    if weights == "best":
+        file, epoch = _best(folder)
+        policy = open_policy(recipe)
+        _put(policy, load_file(file), file)
+        return Trained(folder, recipe, policy, f"the best weights of the run, those after epoch {epoch}", epoch)
     checkpoint, kind = _choose(folder, recipe, weights)
     tensors = checkpoints.load(checkpoint).tensors
     policy = open_policy(recipe)
@@ -100,8 +105,6 @@ def _choose(folder: Path, recipe: Recipe, weights: str) -> tuple[Path, str]:
         return kept[-1], "ema"
     if weights == "last":
         return kept[-1], "weights"
-    if weights == "best":
-        return _best(folder, recipe, kept), "ema" if averaged else "weights"
     wanted = weights.removeprefix("epoch-")
     found = [path for path in kept if wanted.isdecimal() and checkpoints.epoch_of(path) == int(wanted)]
     if not found:
@@ -110,43 +113,20 @@ def _choose(folder: Path, recipe: Recipe, weights: str) -> tuple[Path, str]:
     return found[0], "ema" if averaged else "weights"
 
 
-def _best(folder: Path, recipe: Recipe, kept: list[Path]) -> Path:
-    """The kept checkpoint with the highest mean over splits of the evaluated reward."""
-    values = dict(_evaluations(folder, recipe))
-    known = [path for path in kept if checkpoints.epoch_of(path) in values]
-    if not known:
+def _best(folder: Path) -> tuple[Path, int]:
+    """The weights of the best evaluation that lost nothing, and its epoch (`tiller.commands.watching`)."""
+    kept = sorted((folder / "evaluation").glob("best-*.safetensors"))
+    if not kept:
         raise RunError(
-            f"no checkpoint kept in {folder} was evaluated, so none is known to be the best; set evaluation.every and "
-            "run.keep_last, or name an epoch."
+            f"{folder} holds no best weights; evaluation.every makes a run keep them. Give --weights model, or last."
         )
-    return max(known, key=lambda path: values[checkpoints.epoch_of(path)])
-
-
-def _evaluations(folder: Path, recipe: Recipe) -> Iterator[tuple[int, float]]:
-    """(epoch, mean over splits) of the reported reward that is named first, or else of the trained one."""
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        found = [(key.split("/", 2), value) for key, value in entry.items() if key.startswith("eval/")]
-        names = dict.fromkeys(parts[2] for parts, _ in found)
-        if found:
-            chosen = _judge(recipe, list(names))
-            values = [value for parts, value in found if parts[2] == chosen and value is not None]
-            if values:
-                yield entry["epoch"], sum(values) / len(values)
-
-
-def _judge(recipe: Recipe, names: list[str]) -> str:
-    """A score that was not trained on judges better than the one that was."""
-    from tiller.reward_spec import heading
-
-    trained = heading(recipe.reward)
-    return next((name for name in names if name != trained), names[0])
+    return kept[-1], int(kept[-1].stem.removeprefix("best-"))
 
 
 @torch.no_grad()
-def _put(policy: Policy, values: dict[str, Tensor | None], checkpoint: Path) -> None:
+def _put(policy: Policy, values: Mapping[str, Tensor | None], checkpoint: Path) -> None:
     for name, parameter in policy.parameters.items():
-        value = values[name]
+        value = values.get(name)
         if value is None or value.shape != parameter.shape:
             raise ExportError(
                 f"{checkpoint} does not fit the model that its run names ({name}); its recipe has changed."

@@ -1,4 +1,4 @@
-"""Names of U-Net layers in the checkpoints of Stable Diffusion 1, 2 and XL: their blocks are numbered straight through."""
+"""Names of U-Net layers in the checkpoints of Stable Diffusion 1, 2 and XL: blocks are numbered straight through."""
 
 from __future__ import annotations
 

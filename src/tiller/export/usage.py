@@ -18,8 +18,8 @@ def how_to_load(form: str, target: Path, base: str, sampling: Mapping[str, Any],
         return _python(f"pipe = DiffusionPipeline.from_pretrained({name!r})\n{draw}")
     if form == "comfyui":
         return (
-            f"Put `{target.name}` into ComfyUI's `models/loras` and load it with the node *Load LoRA (Model)* at strength "
-            "1.0, on the base model. It changes the denoiser only; the text encoders stay as they are.\n"
+            f"Put `{target.name}` into ComfyUI's `models/loras` and load it with the node *Load LoRA (Model)* at "
+            "strength 1.0, on the base model. It changes the denoiser only; the text encoders stay as they are.\n"
         )
     opened = _base(base)
     lora = f'pipe.load_lora_weights({repository or "."!r}, weight_name="{target.name}")'
@@ -34,7 +34,7 @@ def how_to_load(form: str, target: Path, base: str, sampling: Mapping[str, Any],
 
 def _base(base: str) -> str:
     if base in emoji.MODELS:
-        return f"from tiller import emoji  # the base model comes with tiller\npipe = DiffusionPipeline.from_pretrained(emoji.path({base!r}))"
+        return f"from tiller import emoji\n\npipe = DiffusionPipeline.from_pretrained(emoji.path({base!r}))"
     return f"pipe = DiffusionPipeline.from_pretrained({base!r})"
 
 

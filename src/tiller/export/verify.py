@@ -68,8 +68,8 @@ def compare(how: str, tuned: np.ndarray, found: np.ndarray, base: np.ndarray, to
     difference = float(np.abs(tuned - found).max())
     if not difference <= tolerance:
         raise ExportError(
-            f"read back {how}, the export draws another picture than the run's model: they differ by {difference:.2g}, and "
-            f"{tolerance:.0g} is allowed; this is a fault of tiller's, please report the model and the format."
+            f"read back {how}, the export draws another picture than the run's model: they differ by "
+            f"{difference:.2g}, and {tolerance:.0g} is allowed; this is tiller's fault, please report it."
         )
     return Verified(how, difference, float(np.abs(tuned - base).max()))
 
@@ -80,8 +80,8 @@ def load_as_written(pipe: Any, form: str, file: Path, family: Family | None) -> 
     reads = hasattr(pipe, "load_lora_weights")
     if form == "diffusers" and not reads:
         raise ExportError(
-            f"{type(pipe).__name__} has no load_lora_weights, so plain diffusers cannot load a LoRA into it; export with "
-            "--format merged."
+            f"{type(pipe).__name__} has no load_lora_weights, so plain diffusers cannot load a LoRA into it; export "
+            "with --format merged."
         )
     if form == "diffusers" or (form == "kohya" and reads and _converter(module)):
         pipe.load_lora_weights(str(file.parent), weight_name=file.name)
@@ -165,6 +165,7 @@ def check_layers(found: Deltas, wanted: Mapping[str, Mapping[str, layouts.Pair]]
 
 
 def _loaded(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    layer: Any
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLayer) and layer.lora_A:
             adapter = next(iter(layer.lora_A))
