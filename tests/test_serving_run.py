@@ -71,9 +71,9 @@ def numbers(folder: Path, output: str) -> list[str]:
     return (folder / output / "metrics.jsonl").read_text().splitlines()
 
 
-def start(reward: Any, port: int = 0) -> RewardServer:
+def start(reward: Any, port: int = 0, token: str | None = None) -> RewardServer:
     """A server in a thread."""
-    made = RewardServer(Service(reward, "red"), port=port)
+    made = RewardServer(Service(reward, "red", token=token), port=port)
     threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
     return made
 
@@ -143,7 +143,11 @@ def test_a_server_that_dies_and_comes_back_changes_no_number(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_after_its_budget_the_run_ends_saved_and_the_same_command_goes_on(
-    model: Path, undisturbed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    undisturbed: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[int] = []
 
@@ -154,8 +158,10 @@ def test_after_its_budget_the_run_ends_saved_and_the_same_command_goes_on(
             raise Killed
         return red(images, prompts, metadata)
 
-    server = start(dying)
-    words = recipe(tmp_path, model, "run", url=url(server), budget=1.0)
+    secret = "hidden-from-all-files"
+    monkeypatch.setenv("RED_TOKEN", secret)
+    server = start(dying, token=secret)
+    words = recipe(tmp_path, model, "run", url=url(server), budget=1.0, token_env="RED_TOKEN")
     assert main(words) == 2
     server.shutdown()
     said = capsys.readouterr().err
@@ -164,10 +170,13 @@ def test_after_its_budget_the_run_ends_saved_and_the_same_command_goes_on(
     assert len(numbers(tmp_path, "run")) == 1
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-000001"]
 
-    again = start(red, server.server_port)
-    assert main(words) == 0
+    again = start(red, token=secret)  # elsewhere, and with more time: neither has a part in what is learned
+    assert main(recipe(tmp_path, model, "run", url=url(again), budget=60.0, token_env="RED_TOKEN")) == 0
     again.shutdown()
     assert numbers(tmp_path, "run") == undisturbed
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert secret not in said + "".join(capsys.readouterr())
 
 
 def test_lines_go_to_the_terminal_with_their_brackets(caplog: pytest.LogCaptureFixture) -> None:

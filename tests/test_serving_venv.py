@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tiller.rewards import resolve, score, within
+from tiller.rewards.serving import child
 from tiller.rewards.serving.venv import InVenv
 from tiller.types import ConfigError, ServiceError
 
@@ -91,19 +92,31 @@ def test_a_class_gets_its_settings(place: Path) -> None:
     assert judge(reward(place, "Scaled", settings={"by": 2.5})) == [2.5] * 3
 
 
-def test_one_child_serves_all_calls_and_ends_with_its_parent(place: Path) -> None:
-    code = (
-        "import os, sys\nfrom PIL import Image\nfrom tiller.rewards.serving.venv import InVenv\n"
-        "reward = InVenv(sys.argv[1], sys.argv[2])\n"
-        "ids = [int(reward([Image.new('RGB', (4, 4))], ['a'], [{}])[0].value) for _ in range(2)]\n"
-        "print(*ids, flush=True)\nos.kill(os.getpid(), 9)\n"
-    )
-    words = [sys.executable, "-c", code, f"{place / 'rewards.py'}:process", str(place / "other" / "bin" / "python")]
+def test_one_child_serves_all_calls(place: Path) -> None:
+    function = reward(place, "process", batch_size=1)
+    first, second = judge(function), judge(function)
+    assert first == second
+    assert len(set(first)) == 1
+
+
+PARENT = """
+import json, os, subprocess, sys
+child = subprocess.Popen([sys.argv[1], "-I", sys.argv[2]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+order = {"reward": sys.argv[3], "settings": {}, "token": "t", "timeout": 5, "limits": {}}
+child.stdin.write(json.dumps(order).encode() + b"\\n")
+child.stdin.flush()
+assert json.loads(child.stdout.readline())["port"] > 0
+print(child.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_child_ends_when_its_parent_is_killed(place: Path) -> None:
+    python = place / "other" / "bin" / "python"
+    words = [sys.executable, "-c", PARENT, str(python), child.__file__, f"{place / 'rewards.py'}:process"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    first, second = map(int, done.stdout.split())
-    assert first == second
-    assert gone(first)
+    assert gone(int(done.stdout))
 
 
 def gone(process: int) -> bool:
@@ -175,8 +188,8 @@ def test_a_python_that_is_none_and_one_that_says_nothing(place: Path, tmp_path: 
 def test_its_own_time_counts_and_the_token_is_in_no_argument(place: Path) -> None:
     function = reward(place, "process")
     assert within(function, 1e-9) is function
-    child = int(judge(function)[0])
-    words = Path(f"/proc/{child}/cmdline").read_bytes() + Path(f"/proc/{child}/environ").read_bytes()
+    process = int(judge(function)[0])
+    words = Path(f"/proc/{process}/cmdline").read_bytes() + Path(f"/proc/{process}/environ").read_bytes()
     token = function._child.server().headers["Authorization"].removeprefix("Bearer ")
     assert len(token) > 40
     assert token.encode() not in words

@@ -17,7 +17,16 @@ from tiller.policy import Policy, seam
 from tiller.run.files import sha256
 
 # what may change when a run goes on: it has no part in what is learned
-FREE = ("run", "evaluation", "held_out", "train.epochs", "train.memory", "model.device")
+ASKING = ("url", "token_env", "concurrency", "timeout", "connect_timeout", "read_timeout", "retries", "budget")
+FREE = (
+    "run",
+    "evaluation",
+    "held_out",
+    "train.epochs",
+    "train.memory",
+    "model.device",
+    *(f"reward.{name}" for name in ASKING),  # how a server is asked
+)
 PACKAGES = ("tiller", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 SAMPLE = 64  # numbers per tensor that a model is known by
 
