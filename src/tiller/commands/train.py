@@ -37,7 +37,7 @@ from tiller.run import rewards as scales
 from tiller.run.claim import REWARDS
 from tiller.state import TrainState
 from tiller.trackers import Tracker, tracker
-from tiller.training import Report, train
+from tiller.training import Report, check, train
 from tiller.trial import calibrated
 from tiller.types import Prompt, RunError, Scores
 
@@ -57,6 +57,7 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     with opened as record, terminal, told(terminal.say):
         policy = building.policy(recipe.model, recipe.train.seed)
         building.check_call(policy, sampling | recipe.evaluation.sampling)
+        check(policy, reward, algorithm, recipe.train, sampling, world)
         record.check_model(policy)
         record.trackers = _trackers(recipe, folder, resolved) if world.is_main else []
         state = TrainState(policy, recipe.train, algorithm)
