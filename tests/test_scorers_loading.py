@@ -16,6 +16,7 @@ import tiny_parts as parts
 import tiny_scorers as tiny
 from tiller.rewards import loading, resolve
 from tiller.rewards.loading import choose_device, choose_dtype, load_model, load_processor, load_tensors
+from tiller.rewards.resolve import BUILT_IN
 from tiller.types import ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -168,6 +169,13 @@ def test_scorers_have_names_and_settings_and_load_nothing_before_the_first_pictu
     assert not {"clip", "reader", "detector", "network"} & set(vars(reward))
     with pytest.raises(ConfigError, match=r"reward.devcie is unknown; did you mean reward.device\?"):
         resolve(name, {**SETTINGS[name], "devcie": "cpu"})
+
+
+def test_the_page_of_the_scorers_names_all_of_them_and_every_pinned_revision() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "scorers.md").read_text(encoding="utf-8")
+    assert set(SETTINGS) == {name for name, target in BUILT_IN.items() if target.startswith("tiller.rewards.scorers.")}
+    assert [name for name in SETTINGS if f"| `{name}` |" not in page] == []
+    assert [model for model, commit in loading.PINNED.items() if f"{model} `{commit[:7]}`" not in page] == []
 
 
 def test_devices_and_dtypes_by_name() -> None:
