@@ -48,6 +48,16 @@ def test_the_reward_of_extending_prefers_red():
     assert red > blue
 
 
+def test_the_pairwise_reward_of_extending_prefers_red():
+    from tiller.rewards import score
+
+    scope: dict = {}
+    exec(next(block for block in blocks(ROOT / "docs" / "extending.md") if "pairwise = True" in block), scope)
+    pictures = [Image.new("RGB", (9, 9), (red, 0, 0)) for red in (200, 0, 203)]
+    found = score(scope["Redder"](margin=0.02), pictures, ["a"] * 3, [{}] * 3).values
+    assert found.tolist() == [0.75, 0, 0.75]
+
+
 def test_the_reward_with_a_gradient_of_extending_trains_and_prefers_red():
     import tiny
 
