@@ -131,6 +131,15 @@ def test_a_server_that_hangs_altogether_ends_the_run_within_the_budget() -> None
     assert time.monotonic() - began < budget + 0.5  # one look at its health
 
 
+def test_a_server_that_hangs_altogether_is_not_asked_again_before_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiller.rewards.serving.persistence.SLOW", 0.05)
+    settings = replace(QUICK, budget=0.8, longest_wait=2.0, backoff=1.0)
+    with stub.stub(stub.hang, health=stub.hang) as server:
+        with pytest.raises(ServiceError, match="no answer in time"):
+            judge(at(server, persistence=settings, times=Times(0.1, 0.1, 0.1)), 2)
+        assert len(server.talks) == 1
+
+
 @pytest.mark.parametrize("fault", [stub.gigabyte, stub.announced])
 def test_a_gigabyte_is_cut_at_the_cap(fault: stub.Answer) -> None:
     with stub.stub(fault) as server:

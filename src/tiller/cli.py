@@ -331,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--token", help="the token itself, which every user of this machine can see in the process list")
     serve.add_argument("--allow-host", action="append", metavar="NAME", help="a further name of this server")
     serve.add_argument("--calls", type=int, default=1, metavar="N", help="calls of the reward at once")
-    serve.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one request")
+    serve.add_argument("--timeout", type=float, default=240.0, metavar="S", help="seconds for one request")
     _takes_overrides(serve, _serve, "settings of the reward, such as model=some/path")
 
     prompts = commands.add_parser("prompts", help="have a language model write prompts, or change a word of each")

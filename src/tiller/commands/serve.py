@@ -30,7 +30,7 @@ def run(
     token_env: str | None,
     hosts: Sequence[str] = (),
     calls: int = 1,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
 ) -> int:
     """Serve until a signal comes."""
     secret = token or (os.environ.get(token_env, "").strip() if token_env else None)

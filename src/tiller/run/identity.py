@@ -52,7 +52,8 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def files(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The hash of every file that decides what is learned: prompts, preference pairs, and the rewards' sources."""
     paths = {name: str(recipe.get(name) or "") for name in ("prompts", "data")}
-    paths |= {spec.key: spec.name.rpartition(":")[0] for spec in reward_spec.read(recipe.get("reward"))}
+    specs = reward_spec.read(recipe.get("reward"))
+    paths |= {spec.key: str(spec.settings.get("reward", spec.name)).rpartition(":")[0] for spec in specs}  # in_venv's
     return {name: sha256(Path(path)) for name, path in paths.items() if Path(path).suffix and Path(path).is_file()}
 
 

@@ -64,6 +64,11 @@ class VisionJudge(ABC):
         """A legible answer to each question about its picture, or why there is none."""
         return [checked(answer) for answer in self.asked.ask(images, questions)]
 
+    @property
+    def bounds_its_time(self) -> bool:
+        """A model behind an address is asked within a budget of its own, so run.reward_timeout does not count."""
+        return self.url is not None
+
     @cached_property
     def asked(self) -> Viewer:
         """Whom the questions go to; a local model is loaded with the first of them."""

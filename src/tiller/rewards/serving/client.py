@@ -177,9 +177,9 @@ class Remote:
     batch_size: int = 16  # pictures per request
     concurrency: int = 4  # requests at once
     picture: Literal["png", "webp", "jpeg"] = "webp"  # png and webp lose nothing; webp takes a third of png's time
-    timeout: float = 120.0  # seconds for one request
+    timeout: float = 300.0  # seconds for one request
     connect_timeout: float = 10.0  # seconds
-    read_timeout: float = 60.0  # seconds without a byte
+    read_timeout: float = 300.0  # seconds without a byte, so at least as long as the reward takes
     retries: int = 4  # of one request
     budget: float = 600.0  # seconds without any answer, after which the run ends
     groupwise: bool = False  # it compares pictures of one prompt, so they stay in one request

@@ -40,8 +40,8 @@ class Times:
     """How long one request may take."""
 
     connect: float = 10.0  # seconds
-    read: float = 60.0  # seconds without a byte
-    total: float = 120.0  # seconds
+    read: float = 300.0  # seconds without a byte, so at least as long as a reward or a model may take
+    total: float = 300.0  # seconds
 
     def __post_init__(self) -> None:
         if min(self.connect, self.read, self.total) <= 0:

@@ -17,6 +17,7 @@ from tiller.rewards.serving.together import together
 from tiller.types import ConfigError, ServiceError
 
 T = TypeVar("T")
+SLOW = 5.0  # seconds; a try that was silent for longer is followed by a look whether the server lives
 STRIKES = 2  # rounds of retries that one batch may cost while the server lives
 logger = logging.getLogger(__name__)
 
@@ -114,10 +115,13 @@ class Asking(Generic[T]):
                 self._stopped.wait(self._settings.pause(attempt, chance, fault.wait))
             if self._stopped.is_set() or time.monotonic() >= self._deadline:
                 break
+            began = time.monotonic()
             try:
                 found = self._ask(left, self._deadline)
             except Fault as error:
                 fault = error
+                if not fault.answered and time.monotonic() - began > SLOW and not self._alive():
+                    break
                 continue
             if found:
                 self._answers.update(found)

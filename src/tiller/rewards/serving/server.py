@@ -42,7 +42,7 @@ class Service:
     hosts: Collection[str] = ()  # further names by which the server may be asked
     calls: int = 1  # of the reward at once
     requests: int = 8  # under way at once, waiting ones included; further ones get 503
-    timeout: float = 120.0  # seconds for a request to wait and be answered
+    timeout: float = 240.0  # seconds for a request to wait and be answered; less than a client waits
     limits: Limits = field(default_factory=Limits)
     tell: Callable[[str], Any] = print
 
