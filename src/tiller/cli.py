@@ -61,6 +61,11 @@ def _train(arguments: argparse.Namespace) -> int | None:
     from tiller import config
     from tiller.recipe import Recipe
 
+    if arguments.dry_run or arguments.calibrate:
+        planned = config.load(Recipe, arguments.recipe, arguments.overrides, check=False)
+        from tiller.commands import dry_run
+
+        return dry_run.run(planned, name=Path(arguments.recipe).stem, calibrate=arguments.calibrate)
     recipe = config.load(Recipe, arguments.recipe, arguments.overrides)
     from tiller.commands import train
 
@@ -238,6 +243,8 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model as a recipe says")
     train.add_argument("recipe", metavar="RECIPE.yaml")
+    train.add_argument("--dry-run", action="store_true", help="say what it will take, and load nothing")
+    train.add_argument("--calibrate", action="store_true", help="a dry run that measures this machine first")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint, and fail without one")
     _takes_overrides(train, _train, "settings that replace the recipe's, such as train.epochs=5")
 

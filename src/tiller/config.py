@@ -21,9 +21,11 @@ from tiller.types import ConfigError
 T = TypeVar("T")
 
 
-def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
-    """An instance of `cls` from a YAML file (or from its defaults, without one) and `key.sub=value`
-    overrides."""
+def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = (), *, check: bool = True) -> T:
+    """An instance of `cls` from a YAML file (or from its defaults, without one) and `key.sub=value` overrides.
+
+    Without `check`, settings of a chosen class are taken as they are, and the class is not imported.
+    """
     mapping = {} if path is None else yaml_text.read(path)
     if mapping is None:
         mapping = {}
@@ -31,10 +33,10 @@ def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -
         raise ConfigError(f"config error: {path} holds a {type(mapping).__name__}; write `key: value` lines.")
     for override in overrides:
         _override(cls, mapping, override)
-    return from_mapping(cls, mapping)
+    return from_mapping(cls, mapping, check=check)
 
 
-def from_mapping(cls: type[T], mapping: Mapping[str, Any]) -> T:
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], *, check: bool = True) -> T:
     """An instance of `cls` from plain mappings, lists and scalars.
 
     Raises `ConfigError` that names the key: unknown, missing, of the wrong type, or refused by the dataclass.
@@ -42,7 +44,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any]) -> T:
     try:
         instance = parse_dataclass(cls, mapping, "")
         for key, chosen in _choices(instance, ""):
-            if chosen.settings:  # needs the class, hence perhaps torch: so it comes last
+            if check and chosen.settings:  # needs the class, hence perhaps torch: so it comes last
                 parse_dataclass(chosen.load(), chosen.settings, key)
     except Unknown as error:
         raise ConfigError(f"config error: {_unknown(cls, error)}") from None

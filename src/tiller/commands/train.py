@@ -19,6 +19,7 @@ from tiller.commands.report import summed_up
 from tiller.commands.watching import Watch
 from tiller.data import check_data, open_data
 from tiller.distributed import World
+from tiller.dry_run.solve import solved
 from tiller.evaluation import Evaluated, draw_pictures, drift, evaluate
 from tiller.metrics import memory
 from tiller.policy import Policy
@@ -45,6 +46,7 @@ from tiller.types import Prompt, RunError, Scores
 def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     """Train as the recipe says, or go on where the run folder left off; returns the exit code."""
     folder = building.folder(recipe, name)
+    recipe, geometry = solved(recipe, folder)
     prompts, rewards, algorithm = load(recipe.prompts), building.rewards(recipe, folder), building.algorithm(recipe)
     check_data(algorithm, recipe.reward, recipe.data)
     reward = rewards.get(reward_spec.heading(recipe.reward) or "")
@@ -55,6 +57,8 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
     keep = recipe.run.keep_last
     opened = Run.open(folder, resolved, keep_last=keep, resume=resume, world=world, tell=terminal.say)
     with opened as record, terminal, told(terminal.say):
+        if geometry:
+            terminal.say(geometry)
         policy = building.policy(recipe.model, recipe.train.seed)
         building.check_call(policy, sampling | recipe.evaluation.sampling)
         check(policy, reward, algorithm, recipe.train, sampling, world)
