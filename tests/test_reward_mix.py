@@ -260,6 +260,14 @@ def test_a_part_may_have_a_limit_of_its_own_and_one_that_is_only_logged_has_none
     assert "None (1 times); NaN (1 times)" in said
 
 
+def test_two_parts_that_are_each_there_often_enough_may_leave_too_few_sums() -> None:
+    mixed = Mix((Part("a", gives(None, None, 1, 1)), Part("b", gives(1, 1, None, 1))))
+    found = score(mixed, IMAGES, PROMPTS, METADATA)
+    said = too_many_missing(found, mixed, 0.5)
+    assert said.startswith("reward a + b gave no score to 3 of 4 pictures (75%")
+    assert "a: None (2 times); b: None (1 times)" in said
+
+
 # ---- secrets ----
 
 

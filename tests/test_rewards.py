@@ -16,7 +16,7 @@ from PIL import Image
 
 from tiller.rewards import Background, describe, jpeg_compressibility, jpeg_incompressibility, resolve, score
 from tiller.rewards.resolve import BUILT_IN, find
-from tiller.types import ConfigError, RewardError, Scores
+from tiller.types import ConfigError, RewardError, Score, Scores
 
 PROMPTS = ["a cat", "a dog", "a horse"]
 IMAGES = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
@@ -109,6 +109,40 @@ def test_weights_scale_each_name_and_zero_only_logs() -> None:
         scored({"clip": [1, 2, 3], "size": [1, 2, 3]}, weights={"clip": 1, "sise": 1})
     with pytest.raises(RewardError, match="nothing to weigh"):
         scored([1, 2, 3], weights={"clip": 1})
+
+
+def test_a_score_object_stands_for_its_number_and_says_why_it_is_missing() -> None:
+    scores = scored([Score(0.5, note="sure"), Score(None, reason="server 503"), Score(np.float32(2), reason="ignored")])
+    np.testing.assert_array_equal(scores.values, [0.5, np.nan, 2.0])
+    assert scores.reasons == {1: "server 503"}
+    assert scores.notes == {0: "sure"}
+    assert scored([Score(float("nan")), Score(float("inf"), "too big"), None]).reasons == {
+        0: "NaN",
+        1: "too big",
+        2: "None",
+    }
+    named = scored({"a": [Score(1, note="n"), 2, 3], "b": [0, Score(None, "away"), 0]})
+    assert (named.notes, named.reasons) == ({0: "a: n"}, {1: "b: away"})
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(True, "a truth value"), ("0.5", "text ('0.5')"), ([1.0], "a list"), (Score(1), "a Score")]
+)
+def test_what_a_score_object_holds_is_checked_like_any_entry(value, says) -> None:
+    with pytest.raises(RewardError, match=r"reward judge returned .* for image 1 \('a dog'\); return"):
+        scored([1, Score(value), 3])
+    with pytest.raises(RewardError) as caught:
+        scored([1, Score(value), 3])
+    assert says in str(caught.value)
+
+
+def test_a_missing_score_leaves_the_advantages_of_others_as_if_the_picture_were_absent() -> None:
+    from tiller.advantages import group
+
+    with_it = group(scored([1.0, Score(None, "away"), 4.0]).values, ["a", "a", "a"])
+    without = group(np.array([1.0, 4.0]), ["a", "a"])
+    np.testing.assert_array_equal(with_it[[0, 2]], without)
+    assert np.isnan(with_it[1])
 
 
 def test_async_rewards_work_with_and_without_a_running_loop() -> None:

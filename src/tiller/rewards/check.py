@@ -101,23 +101,28 @@ def check_gradient(reward: Reward, algorithm: str) -> None:
 def too_many_missing(scores: Scores, reward: Reward, share: float) -> str:
     """Which reward left out more of an epoch's scores than it may, and why, in one sentence; empty if none did.
 
-    `share` holds for every reward that counts and states none of its own; 1 allows everything.
+    `share` holds for every reward that counts and states none of its own, and for the sum; 1 allows everything.
     """
-    reasons: Sequence[str] = list(scores.reasons.values())
-    for part in parts_of(reward):
-        column = scores.components.get(part.label, scores.values)
-        allowed = part.max_missing if part.max_missing is not None else share if part.weight else 1.0
+    parts = parts_of(reward)
+    wanted = [
+        (part.label, scores.components.get(part.label, scores.values), part.max_missing, share if part.weight else 1.0)
+        for part in parts
+    ]
+    for label, column, own, others in [*wanted, (reward_name(reward), scores.values, None, share)]:
+        allowed = others if own is None else own
         missing = ~np.isfinite(column)
         if len(column) and missing.mean() > allowed:
-            prefix = f"{part.label}: "
-            own = [
-                piece.removeprefix(prefix) for said in reasons for piece in said.split("; ") if piece.startswith(prefix)
-            ]
-            common = Counter(own or reasons).most_common(3)
-            why = "; ".join(f"{reason} ({count} times)" for reason, count in common) or "no reason was given"
             return (
-                f"reward {part.label} gave no score to {missing.sum()} of {len(column)} pictures "
-                f"({missing.mean():.0%}, more than the {allowed:.0%} that max_missing allows): {why}; mend it and give "
-                "the same command again, or raise run.max_missing."
+                f"reward {label} gave no score to {missing.sum()} of {len(column)} pictures ({missing.mean():.0%}, "
+                f"more than the {allowed:.0%} that max_missing allows): {_commonest(scores, label)}; mend it and give the "
+                "same command again, or raise run.max_missing."
             )
     return ""
+
+
+def _commonest(scores: Scores, label: str) -> str:
+    """The three commonest reasons of one part of a sum, or of all where it has none of its own."""
+    prefix, said = f"{label}: ", list(scores.reasons.values())
+    own = [piece.removeprefix(prefix) for all_ in said for piece in all_.split("; ") if piece.startswith(prefix)]
+    common = Counter(own or said).most_common(3)
+    return "; ".join(f"{reason} ({count} times)" for reason, count in common) or "no reason was given"
