@@ -114,8 +114,8 @@ def too_many_missing(scores: Scores, reward: Reward, share: float) -> str:
         if len(column) and missing.mean() > allowed:
             return (
                 f"reward {label} gave no score to {missing.sum()} of {len(column)} pictures ({missing.mean():.0%}, "
-                f"more than the {allowed:.0%} that max_missing allows): {_commonest(scores, label)}; mend it and give the "
-                "same command again, or raise run.max_missing."
+                f"more than the {allowed:.0%} that max_missing allows): {_commonest(scores, label)}; mend it and give "
+                "the same command again, or raise run.max_missing."
             )
     return ""
 
