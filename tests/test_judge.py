@@ -267,7 +267,7 @@ def test_writing_the_prompt_beats_drawing_it_and_the_veto_stops_that(text) -> No
 @pytest.mark.parametrize(
     ("prompt", "written", "share"),
     [
-        ("six turtles", "sixx tutttles", 1.0),  # as in the paper's figure
+        ("six turtles", "sixx tutttles", 1.0),  # loosely, as the paper saw it
         ("six turtles", "6 TURTLE", 1.0),
         ("a dog reading a book", "BOOK", 1 / 3),
         ("a cat", "car", 0.0),
@@ -283,6 +283,12 @@ def test_what_cannot_be_read_is_not_trusted() -> None:
     viewer = Script(lambda image, question: Failure("timed out") if "written" in question else "yes")
     answered = VLMQuestions(viewer=viewer, veto_text=True)([picture("red")], ["a cat"], [{}])[0]
     assert (answered.value, answered.reason) == (None, "what is written in the picture is not known: timed out")
+
+
+def test_where_there_is_no_score_nobody_is_asked_what_is_written() -> None:
+    viewer = Script(lambda *_: Failure("timed out"))
+    assert VLMQuestions(viewer=viewer, veto_text=True)([picture("red")], ["a cat"], [{}])[0].value is None
+    assert len(viewer.asked) == 1
 
 
 @pytest.mark.parametrize("nothing", ["none", "None.", "", "No text.", '"none"'])

@@ -51,11 +51,13 @@ class VisionJudge(ABC):
         self, images: Sequence[Image], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[Score]:
         scores = self.judged(images, prompts, metadata)
-        if not self.veto_text:
-            return scores
         wanted = [index for index, score in enumerate(scores) if score.value is not None]
+        if not (self.veto_text and wanted):
+            return scores
         seen = [images[index] for index in wanted]
-        texts = self.veto.read(seen) or self.asked.ask(seen, [self.veto.question] * len(seen))
+        texts = self.veto.read(seen)
+        if texts is None:
+            texts = self.asked.ask(seen, [self.veto.question] * len(seen))
         for index, text in zip(wanted, texts, strict=True):
             scores[index] = self.veto.passed(scores[index], prompts[index], text)
         return scores

@@ -33,7 +33,7 @@ LAYERS: dict[str, int] = {
     "distilbert/distilbert-base-uncased": 5,
     "microsoft/mpnet-base": 8,
 }
-"""The layer whose scores agreed best with people's on WMT16, by the table of the authors' package (0.3.13)."""
+"""The layer whose scores agreed best with people's on WMT16, by the table of the authors' package."""
 
 
 class Tokens(NamedTuple):

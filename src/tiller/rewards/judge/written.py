@@ -1,7 +1,7 @@
 """The guard against typographic attacks: does the picture say in letters what it should show?
 
-Black et al. 2023 (arXiv 2305.13301, section 6 and appendix) saw a model that was to draw six turtles write "sixx
-tutttles" instead, which LLaVA read out.
+Black et al. 2023 (arXiv 2305.13301) saw it: rewarded by LLaVA's answers for prompts such as "six turtles", a model
+learned to write text that loosely resembles the right number, and LLaVA read it out.
 """
 
 from __future__ import annotations
