@@ -372,7 +372,7 @@ def test_the_summary(booth: Booth) -> None:
     for choice in ("second", "second", "first", "tie"):
         cast(booth, "ann", choice)
     lines = list(summary(booth.tally))
-    assert lines[0] == "4 votes on 4 pairs (1 ties, 0 skips) of ann (4)"
+    assert lines[0] == "4 votes on 4 pairs (1 tie, 0 skips) of ann (4)"
     assert lines[1].startswith("tuned is preferred over base in 2 of 3 decided pairs (67%, 95 % interval 21% to 94%)")
     assert list(summary(Tally())) == ["no votes yet"]
 

@@ -338,7 +338,7 @@ def test_kill_9_and_again_then_ctrl_c(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=10)[0]
     assert process.returncode == 0
-    assert "3 votes on 3 pairs (1 ties, 0 skips) of ann (3)" in said
+    assert "3 votes on 3 pairs (1 tie, 0 skips) of ann (3)" in said
     assert len(read(votes)[0]) == 3
     assert oct(os.stat(votes).st_mode & 0o002) == "0o0"
 
@@ -360,6 +360,6 @@ def test_the_summary_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with served(tmp_path, contests(tmp_path, 2)) as (client, _):
         client.vote("left")
     assert main(["vote", str(tmp_path), "--summary"]) == 0
-    assert capsys.readouterr().out.startswith("1 votes on 1 pairs")
+    assert capsys.readouterr().out.startswith("1 vote on 1 pair")
     assert main(["vote", str(tmp_path / "0-base.png"), "--summary"]) == 2
     assert "there are no votes in" in capsys.readouterr().err

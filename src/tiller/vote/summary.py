@@ -19,7 +19,8 @@ def summary(tally: Tally) -> Iterator[str]:
     per_rater = Counter(vote.rater for vote in votes)
     pairs, raters = sum(1 for _ in tally.contests()), [f"{name} ({number})" for name, number in per_rater.most_common()]
     yield (
-        f"{len(votes)} votes on {pairs} pairs ({choices['tie']} ties, {choices['skip']} skips) of {', '.join(raters)}"
+        f"{_count(len(votes), 'vote')} on {_count(pairs, 'pair')} ({_count(choices['tie'], 'tie')}, "
+        f"{_count(choices['skip'], 'skip')}) of {', '.join(raters)}"
     )
     yield from _models(tally)
     alpha = tally.agreement.alpha
@@ -29,6 +30,10 @@ def summary(tally: Tally) -> Iterator[str]:
     if decided:
         left = sum(vote.choice == vote.left for vote in decided)
         yield f"the left picture was chosen in {left} of {len(decided)} votes{_interval(left, len(decided))}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _models(tally: Tally) -> Iterator[str]:
