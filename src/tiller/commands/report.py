@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from tiller.report import html, live
 from tiller.report.diagnosis import diagnose, lines
@@ -36,8 +37,8 @@ def summed_up(folder: Path, say: Callable[[str], None]) -> None:
         RunError: the page cannot be written.
     """
     for finding in lines(diagnose(read(folder))):
-        say(finding)
-    say(f"report: {html.write(folder)}")
+        say(escape(finding))
+    say(escape(f"report: {html.write(folder)}"))
 
 
 def findings(folder: Path) -> int:

@@ -41,10 +41,10 @@ class Limits:
     """From where on a rule speaks. The defaults stay silent on the runs of docs/log.md that learned."""
 
     no_spread: float = 0.5  # share of groups whose pictures all have one score
-    clip_fraction: float = 0.8  # share of samples outside the clip range
+    clip_fraction: float = 0.8  # share of samples outside the clip range, in the updates after the first
     kl_ratio: float = 10.0  # KL penalty over what the ratios move the policy term by
     flat_epochs: int = 20  # fewer say nothing about a trend
-    flat_t: float = 1.0  # slope of the mean reward over its standard error, below which it is flat
+    flat_t: float = 2.0  # slope of the mean reward over its standard error, below which it is flat
     falling_t: float = -3.0
     growth: float = 20.0  # of the gradient's norm, from the first third of the epochs to the last
     skipped: float = 0.01  # share of updates whose gradient was not finite

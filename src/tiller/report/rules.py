@@ -8,6 +8,8 @@ from tiller.report.diagnosis import Finding, Level, Limits, Rule, early, late, t
 from tiller.report.record import Record, number
 from tiller.report.words import split_words
 
+GRADIENT = ("draft", "draft_lv", "align_prop", "refl", "adjoint_matching")  # to whom a group means nothing
+
 
 def _found(rule: str, level: Level, sentence: str, cure: str) -> Finding:
     return Finding(rule, level, sentence, cure)
@@ -109,6 +111,8 @@ def gradient_explodes(record: Record, limits: Limits) -> Finding | None:
 def no_spread(record: Record, limits: Limits) -> Finding | None:
     """Groups in which all pictures have one score have no advantage to learn from."""
     counts = late(record.column("reward/zero_spread_groups"))
+    if record.algorithm in GRADIENT:
+        return None
     if not len(counts) or not record.groups > 0 or counts.mean() / record.groups <= limits.no_spread:
         return None
     share = counts.mean() / record.groups
@@ -124,13 +128,15 @@ def no_spread(record: Record, limits: Limits) -> Finding | None:
 def clipped(record: Record, limits: Limits) -> Finding | None:
     """Nearly all samples lie outside the clip range."""
     fraction = late(record.column("policy/clip_fraction"))
-    if not len(fraction) or fraction.mean() <= limits.clip_fraction:
+    rounds = number(record.setting("algorithm.inner_epochs", 1)) * number(record.setting("train.updates_per_epoch", 1))
+    others = (rounds - 1) / rounds if rounds > 1 else 1.0  # an epoch's first update is never outside
+    if not len(fraction) or fraction.mean() / others <= limits.clip_fraction:
         return None
     return _found(
         "clipped",
         "warning",
-        f"The clip fraction is {fraction.mean():.2f}: nearly every sample lies outside the clip range and has "
-        "little or no gradient left.",
+        f"The clip fraction is {fraction.mean():.2f}, where {others:.2f} is the most there can be: nearly every sample "
+        "lies outside the clip range and has little or no gradient left.",
         "Lower train.learning_rate or algorithm.inner_epochs, or widen algorithm.clip_range.",
     )
 
@@ -257,7 +263,7 @@ def value_network(record: Record, limits: Limits) -> Finding | None:
     return _found(
         "value_network",
         "warning",
-        f"The value network explains {np.median(explained):.2f} of the rewards' variance: it is worse than their mean.",
+        f"The value network explains {np.median(explained):.3g} of the rewards' variance: it is worse than their mean.",
         "Raise algorithm.critic.updates, lower algorithm.critic.learning_rate, or leave the network out "
         "(algorithm.critic=null).",
     )

@@ -65,10 +65,9 @@ def headline(records: Sequence[Record]) -> str:
         return f"{len(records)} runs, which were not all measured by the same reward on the same prompts."
     name, gain = max(best.items(), key=lambda item: item[1].difference)
     others = [other for other in best.values() if other is not gain]
-    ahead = (
-        "ahead of the others beyond chance" if gain.low > max(other.high for other in others) else "the largest gain"
-    )
-    return f"{name} has {ahead}: {gain.reward} {gain_words(gain)}."
+    clear = gain.low > max(other.high for other in others)
+    ahead = "is ahead of the others beyond chance" if clear else "has the largest gain"
+    return f"{name} {ahead}: {gain.reward} {gain_words(gain)}."
 
 
 def _main(record: Record) -> Gain | None:
