@@ -1,6 +1,7 @@
 """The embedded CLIP: its loss against closed forms, what counts as a false caption, and a training from end to end."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,20 @@ def test_the_command_trains_resumes_bit_for_bit_and_writes_a_plain_folder(tmp_pa
     vectors = clip.unit_vectors(model, inputs.pixel_values, {k: inputs[k] for k in ("input_ids", "attention_mask")})
     expected = model.logit_scale.exp() * vectors[0] @ vectors[1].T
     torch.testing.assert_close(model(**inputs).logits_per_image, expected)
+
+
+def test_a_start_brings_its_weights_and_must_be_of_the_same_sizes(tmp_path):
+    config = kinds.load(RECIPES / "pretrain-clip.yaml", [*tiny(tmp_path / "first"), "steps=1"])
+    list(clip.pretrain(config))
+    # learning rate 0: the weights that it starts from are those that it ends with
+    again = replace(config, output=str(tmp_path / "again"), start=str(tmp_path / "first" / "model"), lr=0.0, seed=1)
+    list(clip.pretrain(again))
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ConfigError, match="other sizes or words"):
+        list(clip.pretrain(replace(again, output=str(tmp_path / "wider"), width=64)))
+    with pytest.raises(ConfigError, match=r"no model\.safetensors"):
+        list(clip.pretrain(replace(again, output=str(tmp_path / "none"), start=str(tmp_path))))
 
 
 def test_the_temperature_stays_above_a_hundredth(tmp_path):

@@ -143,6 +143,12 @@ def test_the_command_trains_resumes_bit_for_bit_and_writes_what_stock_code_reads
     assert not any("projector" in name or "vision" in name for name in saved["language"])
     assert all("multi_modal_projector" in name for name in saved["projector"])
 
+    start = f"start={tmp_path / 'whole' / 'model'}"
+    assert cli.main([*command, *tiny(clip_folder, tmp_path / "more"), start, "lr=0.0", "seed=1", "steps=1"]) == 0
+    more = load_file(tmp_path / "more" / "model" / "model.safetensors")
+    assert all(torch.equal(whole[name], more[name]) for name in whole)
+    assert not (tmp_path / "more" / "train" / "language.safetensors").exists()
+
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole" / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "whole" / "model")
     assert model.dtype == torch.float32

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTo
 from tiller.emoji import scenes, wording
 from tiller.emoji.scenes import Scene
 from tiller.pretrain import tokenizer
-from tiller.pretrain.export import load_in_fp32, replace_folder
+from tiller.pretrain.export import load_in_fp32, replace_folder, take_weights
 from tiller.pretrain.phases import autocast, device_of
 from tiller.pretrain.reader_config import ClipConfig
 from tiller.pretrain.scene_pool import SIZE, ScenePool
@@ -135,7 +135,10 @@ def pretrain(config: ClipConfig) -> Iterator[Progress]:
     """Trains, reporting every 20 steps, and writes model and processor into `config.output/model`."""
     folder = Path(config.output) / "train"
     words = tokenizer.build(vocabulary(), CAPTION_TOKENS, folder)
-    model = build(config, words).to(device_of(config))  # type: ignore[arg-type]  # of transformers' stubs
+    model = build(config, words)
+    if config.start is not None:
+        take_weights(model, config.start)
+    model.to(device_of(config))  # type: ignore[arg-type]  # of transformers' stubs
     yield from train(model, words, config, folder)
     with replace_folder(Path(config.output) / "model") as new:
         model.half().save_pretrained(new)

@@ -10,7 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from transformers import PreTrainedModel
+
+from tiller import emoji
+from tiller.types import ConfigError
 
 
 def export(pipe: DiffusionPipeline, folder: Path) -> None:
@@ -41,6 +46,21 @@ def halved(part: Any) -> Any:
         copy = type(part)(part.config)
     copy.load_state_dict(part.state_dict())
     return copy.half()
+
+
+def take_weights(model: PreTrainedModel, name: str) -> None:
+    """Puts the weights of a model folder, or of a model that comes with tiller, into `model`.
+
+    Raises:
+        ConfigError: there are none, or they are of another model.
+    """
+    folder = emoji.path(name) if name in emoji.READERS else Path(name)
+    if not (folder / "model.safetensors").exists():
+        raise ConfigError(f"start is {name!r}, where there is no model.safetensors; give a model folder")
+    held, wanted = type(model).from_pretrained(folder, dtype=torch.float32).state_dict(), model.state_dict()
+    if {k: v.shape for k, v in held.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise ConfigError(f"start is {name!r}, a model of other sizes or words; set the sizes that it was made with")
+    model.load_state_dict(held)
 
 
 def load_in_fp32(path: Path) -> None:

@@ -29,7 +29,7 @@ from tiller import emoji
 from tiller.emoji import dialogues, wording
 from tiller.emoji.scenes import Scene
 from tiller.pretrain import chat
-from tiller.pretrain.export import load_in_fp32, replace_folder
+from tiller.pretrain.export import load_in_fp32, replace_folder, take_weights
 from tiller.pretrain.phases import autocast, device_of
 from tiller.pretrain.reader_config import LlavaConfig
 from tiller.pretrain.scene_pool import ScenePool
@@ -162,10 +162,15 @@ def pretrain(config: LlavaConfig) -> Iterator[Progress]:
     folder = Path(config.output) / "train"
     tower = vision_tower(config.clip)
     words = chat.tokenizer(vocabulary())
-    model = build(config, tower, words).to(device_of(config))  # type: ignore[arg-type]  # of transformers' stubs
-    yield from train_language(model, words, config, folder)
+    model = build(config, tower, words)
+    if config.start is not None:
+        take_weights(model, config.start)
+    model.to(device_of(config))  # type: ignore[arg-type]  # of transformers' stubs
+    if config.start is None:
+        yield from train_language(model, words, config, folder)
     pool = ScenePool(config.pool, config.coded, config.seed, folder / "pictures.safetensors")
-    yield from train_pictures(model, words, config, folder, pool, instruction=False)
+    if config.start is None:
+        yield from train_pictures(model, words, config, folder, pool, instruction=False)
     yield from train_pictures(model, words, config, folder, pool, instruction=True)
     with replace_folder(Path(config.output) / "model") as new:
         export(model, words, config.clip, new)

@@ -14,6 +14,7 @@ class ClipConfig:
 
     model: Literal["clip"] = "clip"
     output: str = "clip-model"
+    start: str | None = None  # a model folder of these sizes, or emoji-clip, whose weights it goes on from
     seed: int = 0
     width: int = 192  # of the vision tower
     layers: int = 3
@@ -57,6 +58,7 @@ class LlavaConfig:
     model: Literal["llava"] = "llava"
     output: str = "llava-model"
     clip: str = "emoji-clip"  # whose vision tower it sees through: a folder, or the one that comes with tiller
+    start: str | None = None  # a model folder of these sizes, or emoji-llava; then the last phase alone
     seed: int = 0
     width: int = 192  # of the language model
     layers: int = 4
