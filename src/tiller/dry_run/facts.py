@@ -71,7 +71,7 @@ TABLE: Mapping[str, Facts] = {
         copies=1,
         settings={"inner_epochs": 1, "train_timesteps": 4, "kl_coefficient": 0.02},
     ),
-    "crd": Facts("noised", True, needs=2, copies=1, settings={**_GRPO, "kl_coefficient": 0.1}),
+    "crd": Facts("noised", True, needs=2, reference_by_kl=True, copies=2, settings={**_GRPO, "kl_coefficient": 0.1}),
     "dpo": Facts("noised", True, needs=1, settings=_GRPO),
     "d3po": Facts("recorded", True, needs=1, settings=_GRPO),
     "dpok": Facts(

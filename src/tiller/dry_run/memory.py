@@ -3,7 +3,7 @@
     program + weights + trained numbers + the larger of (one step's graph, decoding) of a batch + the epoch's latents
 
 A step's graph is GRAPH times the numbers that the denoiser's matrices take in. The factor was measured on the embedded
-models: 1.5 to 1.85 on the U-Net, 1.0 on the transformer; with gradient checkpointing 0.3 and 0.07 (docs/dry-run.md).
+models: 1.8 to 2.2 on the U-Net, 1.6 on the transformer; with checkpointing 0.33 to 0.38 and 0.12 (docs/dry-run.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tiller.dry_run.headers import Files, Part
 from tiller.dry_run.network import GUIDED_WITHIN, Cost, decoder_cost, denoiser_cost, picture_size, vae_scale
 from tiller.recipe import Model, Recipe
 
-GRAPH = {"unet": (1.8, 0.35), "transformer": (1.1, 0.1)}  # numbers kept per number taken in; with checkpointing
+GRAPH = {"unet": (2.0, 0.35), "transformer": (1.6, 0.12)}  # numbers kept per number taken in; with checkpointing
 ALIVE = 4.0  # feature maps of the decoder's largest kind that are there at once
 PROGRAM = {"cpu": 0.75e9, "cuda": 0.6e9}  # bytes of Python with its libraries, or of the card's context
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -14,8 +14,14 @@ from typing import Any
 
 from tiller.dry_run.headers import Files, Part
 
-TEXT_TOKENS = {"FluxTransformer2DModel": 512, "SD3Transformer2DModel": 333, "PixArtTransformer2DModel": 300}
+TEXT_TOKENS = {
+    "FluxTransformer2DModel": 512,
+    "SD3Transformer2DModel": 333,
+    "PixArtTransformer2DModel": 300,
+    "CogView4Transformer2DModel": 16,
+}
 USUAL_TEXT = 77
+JOINED = ("CogView4Transformer2DModel",)  # text and picture go through the same layers
 PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")  # 2x2 latents are one token
 GUIDED_WITHIN = ("FluxTransformer2DModel",)  # guidance is an input, not a second branch
 
@@ -50,15 +56,22 @@ def denoiser_cost(files: Files, part: Part, size: tuple[int, int]) -> Cost:
     unet = any(name.startswith("down_blocks.") for name in part.weights)
     patch = 1 if unet else int(part.config.get("patch_size") or 1) * (2 if part.kind in PACKED else 1)
     tokens = max(1, math.prod(latent) // patch**2)
-    text = TEXT_TOKENS.get(part.kind, USUAL_TEXT)
+    text = TEXT_TOKENS.get(part.kind) or _text_tokens(files)
     operations = inputs = 0.0
     for name, shape in part.weights.items():
         if len(shape) < 2 or not name.endswith(".weight") or "embedding.weight" in name:
             continue
-        where = _in_unet(name, latent, part.config, text) if unet else _in_transformer(name, tokens, text)
+        joined = part.kind in JOINED
+        where = _in_unet(name, latent, part.config, text) if unet else _in_transformer(name, tokens, text, joined)
         operations += 2 * math.prod(shape) * where
         inputs += shape[1] * where
     return Cost(operations + sum(_attention(part, unet, latent, tokens, text)), inputs, tokens)
+
+
+def _text_tokens(files: Files) -> int:
+    """Of a prompt, padded as CLIP's pipelines pad it."""
+    encoder = files.parts.get("text_encoder")
+    return min(USUAL_TEXT, int((encoder.config.get("max_position_embeddings") if encoder else None) or USUAL_TEXT))
 
 
 def decoder_cost(files: Files, size: tuple[int, int]) -> tuple[float, float]:
@@ -100,13 +113,13 @@ def _level(name: str, levels: int) -> int:
     return max(0, levels - 1 - number - ("upsamplers" in name))
 
 
-def _in_transformer(name: str, tokens: int, text: int) -> float:
+def _in_transformer(name: str, tokens: int, text: int, joined: bool) -> float:
     if re.search(r"time|norm\w*\.linear|adaln|adaLN|pooled|guidance|\bmod\b|_mod\.", name):
         return 1
     if re.search(r"context|caption|text_proj|txt_|add_[qkv]_proj|to_add_out|attn2\.to_[kv]\.", name):
         return text
-    whole = name.startswith(("single_transformer_blocks", "transformer_blocks")) and "attn1" in name
-    return tokens + text if whole or name.startswith("single_") else tokens
+    both = name.startswith("single_") or (joined and name.startswith("transformer_blocks"))
+    return tokens + text if both else tokens
 
 
 def _attention(part: Part, unet: bool, latent: tuple[int, int], tokens: int, text: int) -> Iterator[float]:

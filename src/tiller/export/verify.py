@@ -165,9 +165,9 @@ def check_layers(found: Deltas, wanted: Mapping[str, Mapping[str, layouts.Pair]]
 
 
 def _loaded(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    layer: Any
-    for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer) and layer.lora_A:
+    for name, found in module.named_modules():
+        layer: Any = found
+        if isinstance(found, LoraLayer) and layer.lora_A:
             adapter = next(iter(layer.lora_A))
             down, up = layer.lora_A[adapter].weight.detach().cpu(), layer.lora_B[adapter].weight.detach().cpu()
             yield name, layouts.Pair(down, up, float(layer.scaling[adapter]) * len(down)).delta
