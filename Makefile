@@ -34,7 +34,7 @@ font:
 # The vote page is tried in this browser, which Debian packages; without it these tests are skipped.
 chromium:
 	@test -e $(CHROMIUM) || (command -v apt-get >/dev/null && (apt-get update -qq; \
-	  apt-get install -y -qq --no-install-recommends chromium chromium-driver)) \
+	  apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-liberation)) \
 	  || echo "chromium and chromium-driver are not installed: tests of the vote page in a browser are skipped"
 
 clean:

@@ -25,7 +25,7 @@ from tiller.vote.contest import Contest, find
 from tiller.vote.ledger import decode, read
 from tiller.vote.pictures import Picture, as_png, look_at
 from tiller.vote.server import check_host
-from votes import Client, contests, paint, served
+from votes import Client, Elsewhere, contests, paint, served
 
 Page = tuple[Client, Booth]
 
@@ -305,15 +305,6 @@ def started(folder: Path, *words: str) -> tuple[subprocess.Popen[str], str]:
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     return process, next(line.strip() for line in lines if "http://" in line)
-
-
-class Elsewhere(Client):
-    """A client of a page in another process."""
-
-    def __init__(self, url: str):
-        self.host, self.token = "127.0.0.1", url.split("token=")[1]
-        self.port = int(url.split(":")[2].split("/")[0])
-        self.name = f"127.0.0.1:{self.port}"
 
 
 def test_kill_9_and_again_then_ctrl_c(tmp_path: Path) -> None:

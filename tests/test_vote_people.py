@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 import tiny
-from test_vote_http import Elsewhere
 from tiller.cli import main
 from tiller.rewards import resolve, score
 from tiller.types import ConfigError, RewardError
 from tiller.vote.ledger import read
 from tiller.vote.people import People
+from votes import Elsewhere
 
 Chooser = Callable[[Image.Image, Image.Image], str]
 

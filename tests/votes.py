@@ -82,6 +82,15 @@ class Client:
         return self.post("/vote", sent | changes)
 
 
+class Elsewhere(Client):
+    """A client of a page in another process."""
+
+    def __init__(self, url: str):
+        self.host, self.token = "127.0.0.1", url.split("token=")[1]
+        self.port = int(url.split(":")[2].split("/")[0])
+        self.name = f"127.0.0.1:{self.port}"
+
+
 @contextmanager
 def served(folder: Path, asked: list[Contest], **settings: Any) -> Iterator[tuple[Client, Booth]]:
     """A page for these contests, whose votes go to `folder`/votes.jsonl."""
