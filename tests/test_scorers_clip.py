@@ -140,6 +140,13 @@ def test_scores_of_tensors_are_those_of_pictures_and_carry_a_gradient(folder, we
     assert all(weight.grad is None for weight in reward.clip.network.parameters())
 
 
+def test_pictures_in_half_precision_are_resized_in_full(folder) -> None:
+    reward = ClipScore(str(folder), differentiable=True)
+    pixels = as_tensor(tiny.pictures((70, 48))).bfloat16()
+    expected = reward(pixels.float(), ["a cat"], [{}])
+    assert torch.equal(reward(pixels, ["a cat"], [{}]), expected)
+
+
 def test_a_differentiable_score_serves_plain_training_too(folder) -> None:
     images = tiny.pictures((32, 32), (32, 32))
     graph, plain = ClipScore(str(folder), differentiable=True), ClipScore(str(folder))

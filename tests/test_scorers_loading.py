@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, CLIPModel
 
 import tiny_parts as parts
 import tiny_scorers as tiny
-from tiller.rewards import loading, resolve
+from tiller.rewards import hub, resolve
 from tiller.rewards.loading import choose_device, choose_dtype, load_model, load_processor, load_tensors
 from tiller.rewards.resolve import BUILT_IN
 from tiller.types import ConfigError
@@ -38,12 +38,10 @@ def test_a_folder_is_read_frozen_in_evaluation_mode_and_its_dtype(folder) -> Non
 
 
 def test_a_packaged_name_is_a_folder_inside_tiller(folder, monkeypatch) -> None:
-    root = Path(loading.__file__).parents[1]
-    monkeypatch.setitem(
-        loading.PACKAGED, "tiny-clip", str(Path(*[".."] * len(root.parts[1:])) / folder.relative_to("/"))
-    )
+    root = Path(hub.__file__).parents[1]
+    monkeypatch.setitem(hub.PACKAGED, "tiny-clip", str(Path(*[".."] * len(root.parts[1:])) / folder.relative_to("/")))
     assert load_model(CLIPModel, "tiny-clip", device="cpu").config.projection_dim == 12
-    monkeypatch.setitem(loading.PACKAGED, "tiny-clip", "nowhere")
+    monkeypatch.setitem(hub.PACKAGED, "tiny-clip", "nowhere")
     with pytest.raises(ConfigError, match="'tiny-clip', which comes with tiller, is missing; reinstall"):
         load_model(CLIPModel, "tiny-clip")
 
@@ -67,7 +65,7 @@ def test_a_hub_model_needs_a_revision_and_is_found_in_the_cache_without_a_networ
         load_model(CLIPModel, "someone/clip")
     with pytest.raises(ConfigError, match="'someone/clip' is not on this machine and the hub cannot be reached; fetch"):
         load_model(CLIPModel, "someone/clip", "f" * 40)
-    monkeypatch.setitem(loading.PINNED, "someone/clip", COMMIT)
+    monkeypatch.setitem(hub.PINNED, "someone/clip", COMMIT)
     assert load_model(CLIPModel, "someone/clip", device="cpu").config.projection_dim == 12
 
 
@@ -84,7 +82,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, error, sentence) -> N
     def refuse(*args, **settings):
         raise error("503", response=SimpleNamespace(headers={}, request=None))
 
-    monkeypatch.setattr(loading, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
     with pytest.raises(ConfigError, match=sentence):
         load_model(CLIPModel, "someone/clip", "abc")
 
@@ -96,7 +94,7 @@ def test_from_the_hub_come_neither_pickles_nor_code(monkeypatch, folder) -> None
         asked.append((model, revision, tuple(allow_patterns)))
         return str(folder)
 
-    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
     load_processor(AutoTokenizer, "someone/clip", "abc")
     load_model(CLIPModel, "someone/clip", "abc", device="cpu")
     plain = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -175,7 +173,7 @@ def test_the_page_of_the_scorers_names_all_of_them_and_every_pinned_revision() -
     page = (Path(__file__).parents[1] / "docs" / "scorers.md").read_text(encoding="utf-8")
     assert set(SETTINGS) == {name for name, target in BUILT_IN.items() if target.startswith("tiller.rewards.scorers.")}
     assert [name for name in SETTINGS if f"| `{name}` |" not in page] == []
-    assert [model for model, commit in loading.PINNED.items() if f"{model} `{commit[:7]}`" not in page] == []
+    assert [model for model, commit in hub.PINNED.items() if f"{model} `{commit[:7]}`" not in page] == []
 
 
 def test_devices_and_dtypes_by_name() -> None:

@@ -61,7 +61,7 @@ class Clip:
         """(N, D) vectors of length 1, float32, on the model's device; of a tensor with their graph."""
         if isinstance(images, Tensor):
             shape = self.pixels.padded if self.padded else self.pixels.cropped
-            return self._vectors(shape(part) for part in images.split(self.batch_size))
+            return self._vectors(shape(part) for part in images.float().split(self.batch_size))
         pictures = rgb(images, self.scorer)
         parts = (pictures[i : i + self.batch_size] for i in range(0, len(pictures), self.batch_size))
         with torch.no_grad():

@@ -72,7 +72,7 @@ class ImageReward:
         if isinstance(images, Tensor):
             parts = [
                 self._scores(pixels.cropped(part), prompts[at * self.batch_size :][: self.batch_size])
-                for at, part in enumerate(images.split(self.batch_size))
+                for at, part in enumerate(images.float().split(self.batch_size))
             ]
             return torch.cat(parts).to(images.device)
         pictures = [pixels.cropped_picture(image) for image in rgb(images, "image_reward")]
