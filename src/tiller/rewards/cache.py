@@ -130,7 +130,7 @@ class Cached:
         keys = [self._key(*entry) for entry in zip(images, prompts, metadata, strict=True)]
         known = [_read(text) for text in self.store.get(keys)]
         new = [index for index, entry in enumerate(known) if entry is None]
-        asked = score(self.reward, *([column[i] for i in new] for column in (images, prompts, metadata)))
+        asked = score(self.reward, [images[i] for i in new], [prompts[i] for i in new], [metadata[i] for i in new])
         self.store.put({keys[i]: _write(asked, row) for row, i in enumerate(new) if asked.valid[row]})
         for row, index in enumerate(new):
             known[index] = _entry(asked, row)

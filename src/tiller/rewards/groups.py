@@ -52,7 +52,7 @@ def score_groups(
     if flag(reward, "pairwise"):
         return _tournament(reward, images, prompts, metadata, members)
     parts = [
-        pointwise(reward, *([column[i] for i in rows] for column in (images, prompts, metadata)), weights)
+        pointwise(reward, [images[i] for i in rows], [prompts[i] for i in rows], [metadata[i] for i in rows], weights)
         for rows in members
     ]
     return _put_back(join_scores(parts), [row for rows in members for row in rows])

@@ -115,8 +115,8 @@ def _summary(column: np.ndarray, weight: float, scale: Scale | None) -> Summary:
     missing = 1 - len(known) / len(column) if len(column) else 0.0
     if not len(known):
         return Summary(None, None, None, None, missing, weight, scale)
-    numbers = (float(f(known)) for f in (np.mean, np.std, np.min, np.max))
-    return Summary(*numbers, missing, weight, scale)
+    mean, std = float(known.mean()), float(known.std())
+    return Summary(mean, std, float(known.min()), float(known.max()), missing, weight, scale)
 
 
 def _warnings(found: Mapping[str, Summary], table: Sequence[Sequence[float | None]]) -> list[str]:
