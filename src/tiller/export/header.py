@@ -33,7 +33,7 @@ def shown_name(name: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """A setting's text; a path becomes its last part, `path/file.py:name` keeps its name, an address loses its query."""
+    """A setting's text; a path becomes its last part, with `:name` if it has one, an address loses its query."""
     file, colon, rest = text.rpartition(":")
     if colon and "://" not in text and ("/" in file or file.endswith(".py")):
         return f"{shown_name(file)}:{rest}"
