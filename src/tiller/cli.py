@@ -110,6 +110,12 @@ def _benchmark(arguments: argparse.Namespace) -> int | None:
     return benchmark.run(arguments.model, arguments.suite, Path(arguments.output), arguments.overrides)
 
 
+def _fit_reward(arguments: argparse.Namespace) -> int | None:
+    from tiller.commands import fit_reward
+
+    return fit_reward.run(Path(arguments.data), Path(arguments.output), arguments.overrides)
+
+
 def _audit(arguments: argparse.Namespace) -> int | None:
     from tiller.commands import audit
 
@@ -273,6 +279,13 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("suite", metavar="SUITE", help="a .jsonl file shaped as DrawBench, PartiPrompts or GenEval")
     benchmark.add_argument("--output", default="benchmark.json", metavar="FILE.json")
     _takes_overrides(benchmark, _benchmark, "the protocol, such as rewards=[clip_score] samples_per_prompt=4")
+
+    fit_reward = commands.add_parser("fit-reward", help="learn a reward from preference pairs, votes or labels")
+    fit_reward.add_argument(
+        "data", metavar="DATA", help="pairs as `data:` takes them, a votes file, or labels (.jsonl)"
+    )
+    fit_reward.add_argument("--output", default="reward", metavar="DIR", help="where the reward goes")
+    _takes_overrides(fit_reward, _fit_reward, "settings, such as clip=emoji-clip fit.members=8")
 
     audit = commands.add_parser("audit", help="what training did to what prompts leave open: colours, sides, genders")
     audit.add_argument("run", metavar="RUN")

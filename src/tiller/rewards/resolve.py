@@ -38,6 +38,7 @@ BUILT_IN: dict[str, str] = {
     "vlm_alignment": "tiller.rewards.judge.describe:VLMAlignment",
     "vlm_counting": "tiller.rewards.judge.questions:VLMCounting",
     "vlm_questions": "tiller.rewards.judge.questions:VLMQuestions",
+    "learned": "tiller.rewards.learned.reward:Learned",
     "contrast": "tiller.rewards.contrast:Contrast",
     "consistent": "tiller.rewards.consistency:Consistent",
     "people": "tiller.vote.people:People",

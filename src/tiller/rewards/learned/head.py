@@ -1,0 +1,45 @@
+"""A small network from the embeddings of a picture and its prompt to a score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from tiller.types import ConfigError
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """Lee et al. 2023 (2302.12192, section 3.2) have two hidden layers of 1024 for CLIP ViT-L/14's 768 numbers."""
+
+    hidden: tuple[int, ...] = (256, 256)
+    dropout: float = 0.1
+    bounded: bool = False  # through a sigmoid, for labels in [0, 1]
+
+    def __post_init__(self) -> None:
+        if min(self.hidden, default=1) < 1 or not 0 <= self.dropout < 1:
+            raise ConfigError("hidden sizes must be at least 1, and dropout in [0, 1).")
+
+
+class Head(nn.Module):
+    """Embeddings of pictures and prompts, (N, D) each and of length 1, to scores (N,).
+
+    The network sees both and their product, element by element, whose sum is CLIP's own cosine.
+    """
+
+    def __init__(self, width: int, settings: HeadSettings):
+        super().__init__()
+        sizes, layers = [3 * width, *settings.hidden], []
+        for before, after in pairwise(sizes):
+            layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(settings.dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+        self.bounded = settings.bounded
+
+    def forward(self, pictures: Tensor, prompts: Tensor) -> Tensor:
+        scale = pictures.shape[1] ** 0.5  # numbers of about 1
+        seen = torch.cat([pictures * scale, prompts * scale, pictures * prompts * scale**2], dim=1)
+        score = self.layers(seen).squeeze(1)
+        return score.sigmoid() if self.bounded else score
