@@ -364,8 +364,11 @@ def test_kernel_settings_are_checked() -> None:
         ("train: {max_grad_norm: 0}", "max_grad_norm is 0.0"),
         ("train: {betas: [0.9, 1]}", "betas are (0.9, 1.0)"),
         ("train: {ema_decay: 1}", "ema_decay is 1.0"),
-        ("train: {batch_size: 48}", "no multiple of batch_size (48); 48 is."),
-        ("train: {updates_per_epoch: 4}", "no multiple of batch_size * updates_per_epoch (128); 128 is."),
+        ("train: {batch_size: 48}", "no multiple of batch_size (48); 48 is; train.batch_size=32 or 64 works."),
+        (
+            "train: {updates_per_epoch: 4}",
+            "no multiple of batch_size * updates_per_epoch (128); 128 is; train.batch_size=16 works.",
+        ),
         ("model: {lora_rank: 0}", "model: lora_rank is 0; it must be at least 1, or null"),
         ("run: {keep_last: 0}", "run: checkpoint_every and keep_last"),
         ("evaluation: {samples_per_prompt: 0}", "evaluation: "),
