@@ -13,7 +13,10 @@ from tiller.report.record import Gain, Record, read
 
 RUNS = Path(__file__).parent / "data" / "runs"
 DOCS = Path(__file__).parent.parent / "docs" / "diagnosis.md"
-BEYOND = {"adjoint_dropped": {"gradient_zero"}}  # what else is wrong with a recorded run
+BEYOND = {
+    "adjoint_dropped": {"gradient_zero"},
+    "missing_scores": {"reward_flat"},
+}  # what else is wrong with a recorded run
 HEALTHY = ("healthy", "emoji_ddpo")
 NAMES = sorted(set(re.findall(r'_found\(\s+"(\w+)"', Path(rules.__file__).read_text())))
 
@@ -78,8 +81,8 @@ CASES = {
         epochs(reward__mean=LINE / 1000 + LINE % 2),
     ),
     "reward_falls": (
-        epochs(reward__mean=-LINE / 40 + LINE % 2),  # t = -2.1
-        epochs(reward__mean=-LINE / 10 + LINE % 2),
+        epochs(reward__mean=-LINE / 32 + LINE % 2),  # t = -2.6
+        epochs(reward__mean=-LINE / 26 + LINE % 2),  # t = -3.2
     ),
     "saturated": (
         epochs(reward__std=np.where(LINE < 10, 1, 0.06)),

@@ -111,7 +111,7 @@ def _asked(file: Path, count: int) -> tuple[list[str], int]:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         prompts, per_prompt = [str(prompt) for prompt in told["prompts"]], int(told["per_prompt"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         prompts, per_prompt = [], 2 if count % 2 == 0 else 1
     if per_prompt < 1:
         per_prompt = 1

@@ -18,6 +18,7 @@ from tiller.types import ConfigError, RunError
 CONFIG, METRICS, TIMINGS = "config.yaml", "metrics.jsonl", "timings.jsonl"  # as tiller.run names them, without torch
 ENVIRONMENT, FINISHED, STACKS = "environment.json", "finished.json", "stacks.txt"
 COMPARISON, DRIFT, MONITOR = "evaluation/comparison.json", "evaluation/drift.json", "evaluation/monitor.json"
+LARGEST = 1e150
 GAIN_NUMBERS = ("base", "tuned", "difference", "low", "high", "win_rate", "count")
 
 
@@ -117,8 +118,8 @@ class Record:
 
 
 def number(value: Any) -> float:
-    """A JSON value as a float; NaN if it is no finite number."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A JSON value as a float; NaN if it is no finite number, or one whose square would not be."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
     return float(value) if fits else math.nan
 
 
@@ -130,11 +131,11 @@ def read(folder: Path) -> Record:
     """
     if not folder.is_dir():
         raise RunError(f"{folder} is no folder; give a folder that tiller train wrote.")
+    if not any((folder / name).exists() for name in (CONFIG, METRICS)):
+        raise RunError(f"{folder} is no run folder: it has neither {CONFIG} nor {METRICS}; give one of tiller train.")
     gaps: list[str] = []
     config = _mapping(_read(folder, CONFIG, _yaml, gaps, "so no settings are shown"), CONFIG, gaps)
     metrics = _lines(folder, METRICS, gaps, "so there are no curves and no diagnosis")
-    if not config and not metrics:
-        raise RunError(f"{folder} is no run folder: it has neither {CONFIG} nor {METRICS}; give one of tiller train.")
     done = (folder / FINISHED).is_file()
     late = "so nothing is said of held-out prompts" if done else "so it is not known yet what was won"
     return Record(

@@ -303,7 +303,7 @@ def reward_waits(record: Record, limits: Limits) -> Finding | None:
     share = np.nansum(waiting) / np.nansum(seconds)
     if share <= limits.waiting:
         return None
-    drawing = np.nanmean(record.timing("time/sample"))
+    drawing = np.nansum(record.timing("time/sample")) / len(seconds)
     return _found(
         "reward_waits",
         "note",

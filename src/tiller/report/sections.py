@@ -13,7 +13,7 @@ from tiller.report.chart import Line, chart, interval, short
 from tiller.report.diagnosis import Finding
 from tiller.report.gallery import Gallery
 from tiller.report.markup import Child, Markup, join, tag
-from tiller.report.record import Gain, Record
+from tiller.report.record import Gain, Record, number
 from tiller.report.words import UNITS, duration, figures, signed, split_words, summarise
 
 CALLS = "pictures scored"
@@ -106,7 +106,7 @@ def header(record: Record, live: bool) -> Markup:
         "header",
         tag("h1", "Run ", tag("b", record.name), tag("span", state, class_="badge"),
             tag("span", "live", class_="badge", id="live-state", role="status") if live else None),
-        tag("p", said.headline, class_="headline"),
+        tag("p", said.headline.replace("95 %", "95\u00a0%"), class_="headline"),
         tag("dl", *entries, class_=f"answers {said.verdict}"),
         tag("dl", *tiles, class_="tiles") if tiles else None,
         data_part="header",
@@ -164,8 +164,10 @@ def pictures(record: Record, shown: Gallery) -> Markup | None:
 
 def _stage_words(record: Record, epoch: int) -> str:
     """`epoch 15, 960 pictures scored`."""
-    calls = next((line.get("reward_calls") for line in record.metrics if line["epoch"] == epoch), None)
-    return "before training" if not epoch else f"epoch {epoch}" + (f", {calls:,} pictures scored" if calls else "")
+    calls = next((number(line.get("reward_calls")) for line in record.metrics if line["epoch"] == epoch), 0.0)
+    return (
+        "before training" if not epoch else f"epoch {epoch}" + (f", {calls:,.0f} pictures scored" if calls > 0 else "")
+    )
 
 
 def _shot(prompt: str, sample: int, uris: Sequence[str | None], words: Sequence[str], epochs: Sequence[int]) -> Markup:
@@ -264,13 +266,13 @@ def _gains(reward: str, gains: Sequence[Gain], trained: bool) -> Markup | None:
                 tag("td", interval(gain.low, gain.difference, gain.high, reach), class_="wideonly"),
                 tag("td", f"{signed(gain.low)} to {signed(gain.high)}", class_="n"),
                 f"{gain.win_rate:.0%}",
-                f"{gain.count:,}",
+                tag("td", f"{gain.count:,}", class_="n wideonly"),
             ]
         )
     unit = f", {UNITS[reward]}" if reward in UNITS else ""
     caption = [tag("b", reward + unit), " the reward that was trained" if trained else " held out from training"]
     made = table(caption, ["prompts", "base", "tuned", "change", "", "95 % interval", "wins", "pictures"], rows)
-    for title in ("base", "tuned"):  # their cells hide on a narrow screen, and so must their headings
+    for title in ("base", "tuned", "", "pictures"):  # their cells hide on a narrow screen, and so must their headings
         made = Markup(
             made.replace(f'<th scope="col" class="n">{title}<', f'<th scope="col" class="n wideonly">{title}<')
         )
@@ -348,7 +350,8 @@ def _monitor(value: Any) -> Markup | None:
     """evaluation/monitor.json: what its rules found and did."""
     if not isinstance(value, Mapping):
         return None
-    found = [one for one in value.get("findings") or [] if isinstance(one, Mapping)]
+    listed = value.get("findings")
+    found = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
     best = value.get("best")
     said = f"Best evaluation that lost nothing: epoch {best.get('epoch')}." if isinstance(best, Mapping) else None
     acted = value.get("acted")

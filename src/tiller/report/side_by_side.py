@@ -144,7 +144,7 @@ def _pictures(records: Sequence[Record], shown: Sequence[Gallery]) -> Markup | N
     having = [(record, seen) for record, seen in zip(records, shown, strict=True) if seen]
     if len(having) < 2:
         return None
-    seeds = {(record.setting("train.seed"), record.model) for record, _ in having}
+    seeds = {(str(record.setting("train.seed")), record.model) for record, _ in having}
     keys = [{(shot.prompt, shot.sample): shot for shot in seen.shots} for _, seen in having]
     common = [key for key in keys[0] if all(key in other for other in keys[1:])]
     chosen = sorted(common, key=lambda key: key[1])[:MOST_PROMPTS]
