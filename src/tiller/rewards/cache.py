@@ -180,7 +180,8 @@ def identity_of(reward: Reward) -> str:
     `identity`.
     """
     kind: Any = reward if inspect.isfunction(reward) else type(reward)
-    settings = {entry.name: getattr(reward, entry.name) for entry in fields(reward)} if is_dataclass(reward) else {}
+    entries = fields(reward) if is_dataclass(reward) else ()
+    settings = {entry.name: getattr(reward, entry.name) for entry in entries if entry.init}
     parts = [kind.__module__, kind.__qualname__, settings, _source(kind), version("tiller")]
     return json.dumps([*parts, getattr(reward, "identity", "")], sort_keys=True, default=repr)
 
