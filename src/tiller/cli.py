@@ -110,6 +110,12 @@ def _benchmark(arguments: argparse.Namespace) -> int | None:
     return benchmark.run(arguments.model, arguments.suite, Path(arguments.output), arguments.overrides)
 
 
+def _label(arguments: argparse.Namespace) -> int | None:
+    from tiller.commands import label
+
+    return label.run(Path(arguments.pictures), arguments.by, Path(arguments.output), arguments.overrides)
+
+
 def _fit_reward(arguments: argparse.Namespace) -> int | None:
     from tiller.commands import fit_reward
 
@@ -279,6 +285,12 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("suite", metavar="SUITE", help="a .jsonl file shaped as DrawBench, PartiPrompts or GenEval")
     benchmark.add_argument("--output", default="benchmark.json", metavar="FILE.json")
     _takes_overrides(benchmark, _benchmark, "the protocol, such as rewards=[clip_score] samples_per_prompt=4")
+
+    label = commands.add_parser("label", help="let a reward say in people's place which pictures are better")
+    label.add_argument("pictures", metavar="PICTURES", help="a folder of tiller sample, or a run folder")
+    label.add_argument("--by", required=True, metavar="REWARD", help="a built-in one, or your own as for reward:")
+    label.add_argument("--output", default="pairs.jsonl", metavar="FILE.jsonl", help="where the answers go")
+    _takes_overrides(label, _label, "settings, such as temperature=0.5 pairs_per_prompt=4 write=labels threshold=-1")
 
     fit_reward = commands.add_parser("fit-reward", help="learn a reward from preference pairs, votes or labels")
     fit_reward.add_argument(

@@ -93,6 +93,18 @@ def find(source: Path, against: Path | None = None, keep: Path | None = None, se
     return _shuffled(different, seed) if source.is_file() else different
 
 
+def drawn_in(folder: Path) -> list[Drawn]:
+    """All pictures of a folder, also those that have nothing to be compared with.
+
+    Raises:
+        ConfigError: there are none, or one cannot be shown.
+    """
+    found = _drawn(folder, None) if folder.is_dir() else []
+    if not found:
+        raise ConfigError(f"{folder} holds no pictures with prompts; give a folder that tiller sample wrote.")
+    return found
+
+
 def _drawn(folder: Path, keep: Path | None) -> list[Drawn]:
     """The pictures of a folder, with prompts."""
     inside = folder / "images"
