@@ -74,7 +74,9 @@ def _stages(images: Path) -> list[tuple[int, Path]]:
 
 
 def _spread(stages: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
-    kept = np.unique(np.linspace(0, len(stages) - 1, min(most, len(stages))).round().astype(int)) if stages else []
+    if not stages:
+        return []
+    kept = np.unique(np.linspace(0, len(stages) - 1, min(most, len(stages))).round().astype(int))
     return [stages[index] for index in kept]
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -76,7 +77,7 @@ def run_page(record: Record, shown: Gallery, folder: Path, live: int = 0) -> str
     return page(f"{record.name}: {summarise(record).headline}", parts, live)
 
 
-def page(title: str, parts: list[Child], live: int = 0, first: str = "diagnosis", class_: str | None = None) -> str:
+def page(title: str, parts: Sequence[Child], live: int = 0, first: str = "diagnosis", class_: str | None = None) -> str:
     """A whole document. Its policy lets in the style and the script that it carries, and pictures in data URIs."""
     style, script = _own("page.css"), _own("page.js")
     policy = (

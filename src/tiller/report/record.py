@@ -199,9 +199,11 @@ def _gains(value: Any, gaps: list[str]) -> list[Gain]:
     rows = value if isinstance(value, list) else []
     found = []
     for row in rows:
-        numbers = [number(row.get(name)) for name in GAIN_NUMBERS] if isinstance(row, Mapping) else [math.nan]
-        if np.isfinite(numbers).all():
-            found.append(Gain(str(row.get("split")), str(row.get("reward")), *numbers[:-1], int(numbers[-1])))
+        entry = row if isinstance(row, Mapping) else {}
+        base, tuned, difference, low, high, wins, count = (number(entry.get(name)) for name in GAIN_NUMBERS)
+        if np.isfinite([base, tuned, difference, low, high, wins, count]).all():
+            split, reward = str(entry.get("split")), str(entry.get("reward"))
+            found.append(Gain(split, reward, base, tuned, difference, low, high, wins, int(count)))
     if len(found) < len(rows):
         gaps.append(f"{len(rows) - len(found)} lines of {COMPARISON} are not whole and are left out.")
     return found
