@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
 from tiller import config
-from tiller.pairs import Pair, open_pairs
-from tiller.prompts.contrast import by_lists
-from tiller.rewards.learned.calibration import Calibration, calibration, fit_temperature
+from tiller.rewards.learned.calibration import Calibration, calibration, fit_temperature, logistic
+from tiller.rewards.learned.data import read
 from tiller.rewards.learned.fit import Comparisons, FitSettings, Labels, fit, split
 from tiller.rewards.learned.head import Head, HeadSettings
 from tiller.rewards.learned.reward import About, clip_digest, write
 from tiller.rewards.scorers.clip import Clip
-from tiller.types import ConfigError, Prompt
+from tiller.types import ConfigError
 
 FEWEST = 20  # rows
 
@@ -35,139 +31,77 @@ class Settings:
     revision: str | None = None
     head: HeadSettings = field(default_factory=HeadSettings)
     fit: FitSettings = field(default_factory=FitSettings)
-    held_out: float = 0.25  # share of the prompts; half of it fits the temperature, half is reported
+    held_out: float = 0.25  # share of the prompts that the reward is judged by
     changed_prompts: int = 3  # prompts with one word changed, for each label (Lee et al. 2023)
     device: str = "auto"
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1 or self.changed_prompts < 0:
-            raise ConfigError("held_out must be between 0 and 1, and changed_prompts at least 0.")
+        if not 0 < self.held_out < 1 or self.changed_prompts < 0 or self.batch_size < 1:
+            raise ConfigError(
+                "held_out must be between 0 and 1, changed_prompts at least 0, and batch_size at least 1."
+            )
 
 
 def run(data: Path, output: Path, overrides: Sequence[str]) -> int:
     """Fit, say how far the reward can be trusted, and write it into `output`."""
     settings = config.load(Settings, None, overrides)
     clip = Clip("fit-reward", settings.clip, settings.revision, settings.device, batch_size=settings.batch_size)
-    rows: Comparisons | Labels = _labels(data, clip, settings) if _is_labels(data) else _pairs(data, clip, settings)
+    rows = read(data, clip, settings.changed_prompts, settings.fit.seed)
     if len(rows.texts) < FEWEST:
         raise ConfigError(f"{data} holds {len(rows.texts)} rows, and a reward takes at least {FEWEST}; collect more.")
+    labels = isinstance(rows, Labels)
+    head = replace(settings.head, bounded=labels if settings.head.bounded is None else settings.head.bounded)
     fitted, held = split(rows.texts, settings.held_out, settings.fit.seed)
-    heads = fit(rows.take(fitted), settings.head, settings.fit)
-    tuning, testing = np.array_split(np.random.default_rng(settings.fit.seed).permutation(held), 2)
-    if not len(testing):
-        raise ConfigError(f"{len(held)} held-out rows are too few to judge by; collect more, or raise held_out.")
-    temperature = fit_temperature(*_answers(rows.take(tuning), heads))
-    scores, answers = _answers(rows.take(testing), heads)
-    found = calibration(_probabilities(scores, temperature), [int(answer) for answer in answers])
-    kind = "labels" if isinstance(rows, Labels) else "preferences"
-    width = clip.network.config.projection_dim
-    digest = clip_digest(settings.clip, settings.revision)
-    about = About(settings.clip, settings.revision, digest, width, settings.head, len(heads), temperature, kind)
-    write(output, about, heads, found.to_data() | {"fitted_on": len(fitted)})
-    _tell(found, len(fitted), kind, output)
+    heads = fit(rows.take(fitted), head, settings.fit)
+    temperature, found = judged(rows.take(held), heads, settings.fit.seed)
+    about = About(
+        clip=settings.clip,
+        revision=settings.revision,
+        clip_sha256=clip_digest(settings.clip, settings.revision),
+        width=clip.network.config.projection_dim,
+        head=head,
+        members=len(heads),
+        temperature=temperature,
+        kind="labels" if labels else "preferences",
+    )
+    said = {"fitted_on": len(fitted), "prompts": len(set(rows.texts)), "data": str(data)}
+    write(output, about, heads, found.to_data() | said | {"settings": config.to_mapping(settings)})
+    _tell(found, len(fitted), about.kind, output)
     return 0
 
 
-def _is_labels(data: Path) -> bool:
-    """Whether the first line of a JSONL file holds a label."""
-    if not data.is_file():
-        return False
-    first = next((line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()), "")
-    try:
-        entry = json.loads(first)
-    except ValueError:
-        return False
-    return isinstance(entry, dict) and "label" in entry
+def judged(rows: Comparisons | Labels, heads: Sequence[Head], seed: int) -> tuple[float, Calibration]:
+    """The temperature by all of these rows, and what the probabilities are worth.
 
+    So that no answer is judged by a temperature that it took part in, the rows are parted in two (by prompts, where
+    there are enough), and each half gets its probabilities by the temperature of the other.
 
-def _pairs(data: Path, clip: Clip, settings: Settings) -> Comparisons:
-    pairs = open_pairs(data, 0).pairs
-    better, worse = (_seen(clip, [_opened(pair, side) for pair in pairs], settings) for side in ("chosen", "rejected"))
-    texts = [pair.prompt for pair in pairs]
-    swapped = np.random.default_rng((settings.fit.seed, 2)).random(len(pairs)) < 0.5  # so that the first is no better
-    turn = torch.from_numpy(swapped)[:, None]
-    first, second = torch.where(turn, worse, better), torch.where(turn, better, worse)
-    return Comparisons(first, second, clip.texts(texts).cpu(), torch.from_numpy(~swapped).float(), texts)
-
-
-def _labels(data: Path, clip: Clip, settings: Settings) -> Labels:
-    files, texts, labels = [], [], []
-    for number, line in enumerate(data.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            file, text, label = _label(line, f"{data}, line {number}", data.parent)
-            files.append(_file(file))
-            texts.append(text)
-            labels.append(label)
-    chance = random.Random(settings.fit.seed)
-    changed = {
-        text: [one["prompt"] for one in by_lists(Prompt(text), settings.changed_prompts, chance)] for text in set(texts)
-    }
-    count = min((len(found) for found in changed.values()), default=0)
-    read = clip.texts([one for text in texts for one in (text, *changed[text][:count])]).cpu()
-    return Labels(_seen(clip, files, settings), read.view(len(texts), 1 + count, -1), torch.tensor(labels), texts)
-
-
-def _label(line: str, where: str, folder: Path) -> tuple[Path, str, float]:
-    try:
-        entry = json.loads(line)
-        image, prompt, label = entry["image"], entry["prompt"], entry["label"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{where}: each line needs image, prompt and label ({error}).") from error
-    if isinstance(label, bool) or not isinstance(label, (int, float)) or not 0 <= label <= 1:
-        raise ConfigError(f"{where}: the label is {label!r}; it must be a number from 0 to 1.")
-    if not (folder / str(image)).is_file():
-        raise ConfigError(f"{where}: there is no picture {str(folder / str(image))!r}; correct its path.")
-    return folder / str(image), str(prompt), float(label)
-
-
-def _file(path: Path) -> Callable[[], Image.Image]:
-    def opened() -> Image.Image:
-        try:
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
-                return picture.convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"{path} cannot be read as a picture ({error}); repair or remove it.") from error
-
-    return opened
-
-
-def _opened(pair: Pair, side: str) -> Callable[[], Image.Image]:
-    def opened() -> Image.Image:
-        try:
-            return getattr(pair, side)().convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise ConfigError(f"{pair.where}: a picture cannot be read ({error}); repair or remove it.") from error
-
-    return opened
-
-
-def _seen(clip: Clip, files: Sequence[Callable[[], Image.Image]], settings: Settings) -> Tensor:
-    """(N, D) embeddings, a batch of pictures in memory at a time."""
-    size = settings.batch_size
-    parts = [
-        clip.pictures([one() for one in files[start : start + size]]).cpu() for start in range(0, len(files), size)
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, 1)
+    Raises:
+        ConfigError: there are too few.
+    """
+    scores, answers = _answers(rows, heads)
+    probabilities = np.empty(len(scores))
+    halves = split(rows.texts, 0.5, seed)
+    for half, other in (halves, halves[::-1]):
+        probabilities[half] = logistic(scores[half] / fit_temperature(scores[other], answers[other]))
+    share = float(answers.mean())
+    chance = max(share, 1 - share) if isinstance(rows, Labels) else 0.5  # the order of a comparison is a coin's
+    return fit_temperature(scores, answers), calibration(probabilities.tolist(), [int(one) for one in answers], chance)
 
 
 @torch.no_grad()
-def _answers(rows: Comparisons | Labels, heads: Sequence[Head]) -> tuple[list[float], list[float]]:
-    """(r_1 - r_2, first was preferred) of every comparison that is no tie; (log-odds of r, y > ½) of every label."""
+def _answers(rows: Comparisons | Labels, heads: Sequence[Head]) -> tuple[np.ndarray, np.ndarray]:
+    """(r_1 - r_2, whether the first was preferred) of comparisons; (log-odds of r, whether y > ½) of labels."""
 
     def mean(pictures: Tensor, prompts: Tensor) -> Tensor:
-        return torch.stack([head(pictures, prompts) for head in heads]).mean(0)
+        return torch.stack([head(pictures, prompts) for head in heads]).mean(0).double()
 
     if isinstance(rows, Comparisons):
         gaps = mean(rows.first, rows.prompts) - mean(rows.second, rows.prompts)
-        decided = rows.preferred != 0.5
-        return gaps[decided].tolist(), rows.preferred[decided].tolist()
+        return gaps.numpy(), (rows.preferred > 0.5).double().numpy()
     scores = mean(rows.pictures, rows.prompts[:, 0]).clamp(1e-6, 1 - 1e-6)
-    return torch.logit(scores).tolist(), (rows.labels > 0.5).float().tolist()
-
-
-def _probabilities(scores: Sequence[float], temperature: float) -> list[float]:
-    return torch.sigmoid(torch.tensor(scores, dtype=torch.float64) / temperature).tolist()
+    return torch.logit(scores).numpy(), (rows.labels > 0.5).double().numpy()
 
 
 def _tell(found: Calibration, fitted: int, kind: str, output: Path) -> None:
@@ -177,6 +111,11 @@ def _tell(found: Calibration, fitted: int, kind: str, output: Path) -> None:
         f"({found.low:.1%}, {found.high:.1%}), log loss {found.log_loss:.3f}, Brier score {found.brier:.3f}, "
         f"expected calibration error {found.error:.3f}"
     )
+    for one in found.bins:
+        console.print(f"  said {one.said:4.0%}, was {one.was:4.0%} of {one.count}")
     if not found.beats_chance:
-        console.print("warning: no better than chance on held-out prompts; collect more, or look at what they prefer")
-    console.print(f"use it as reward={{name: learned, path: {output}}}")
+        console.print(
+            f"warning: no better than always saying the same ({found.chance:.1%}) on what was held out; collect more, "
+            "or look at what they prefer"
+        )
+    console.print(f"use it as reward={{name: learned, path: {output}}}", markup=False)

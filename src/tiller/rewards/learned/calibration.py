@@ -35,18 +35,19 @@ class Calibration:
     brier: float  # mean (p - y)² (Brier 1950); 0.25 says nothing
     error: float  # expected calibration error: Σ bins count/N · |said - was|
     bins: tuple[Bin, ...]
+    chance: float = 0.5  # accuracy of always saying the same
 
     @property
     def beats_chance(self) -> bool:
-        """Whether the whole interval of the accuracy lies above one half."""
-        return self.low > 0.5
+        """Whether the whole interval of the accuracy lies above it."""
+        return self.low > self.chance
 
     def to_data(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self) | {"beats_chance": self.beats_chance}
 
 
-def calibration(probabilities: Sequence[float], answers: Sequence[int]) -> Calibration:
+def calibration(probabilities: Sequence[float], answers: Sequence[int], chance: float = 0.5) -> Calibration:
     """Of N probabilities and answers of 0 or 1.
 
     The bins of the expected calibration error are tenths of [0, 1] (Guo et al. 2017, 1706.04599, section 2). The
@@ -76,6 +77,7 @@ def calibration(probabilities: Sequence[float], answers: Sequence[int]) -> Calib
         float(((p - y) ** 2).mean()),
         sum(one.count * abs(one.said - one.was) for one in bins) / len(p),
         bins,
+        chance,
     )
 
 
@@ -86,7 +88,7 @@ def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]
     return (middle - half) / shrink, (middle + half) / shrink
 
 
-def fit_temperature(differences: Sequence[float], answers: Sequence[float]) -> float:
+def fit_temperature(differences: Sequence[float] | np.ndarray, answers: Sequence[float] | np.ndarray) -> float:
     """T that makes σ(difference / T) likeliest (Guo et al. 2017, section 4.2), by bisection of the derivative in 1/T.
 
     Where the answers can be separated, or the scores say nothing, T stays within [0.01, 100].
@@ -94,7 +96,7 @@ def fit_temperature(differences: Sequence[float], answers: Sequence[float]) -> f
     d, y = np.asarray(differences, float), np.asarray(answers, float)
 
     def slope(inverse: float) -> float:
-        return float(((1 / (1 + np.exp(-np.clip(inverse * d, -500, 500))) - y) * d).sum())
+        return float(((logistic(inverse * d) - y) * d).sum())
 
     low, high = 0.01, 100.0  # 1/T
     if slope(low) >= 0:
@@ -105,3 +107,8 @@ def fit_temperature(differences: Sequence[float], answers: Sequence[float]) -> f
         middle = math.sqrt(low * high)
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 1 / math.sqrt(low * high)
+
+
+def logistic(x: np.ndarray) -> np.ndarray:
+    """1/(1 + e^-x), for any x."""
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))

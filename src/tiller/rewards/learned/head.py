@@ -17,7 +17,7 @@ class HeadSettings:
 
     hidden: tuple[int, ...] = (256, 256)
     dropout: float = 0.1
-    bounded: bool = False  # through a sigmoid, for labels in [0, 1]
+    bounded: bool | None = None  # through a sigmoid; None: for labels, which lie in [0, 1]
 
     def __post_init__(self) -> None:
         if min(self.hidden, default=1) < 1 or not 0 <= self.dropout < 1:
@@ -36,7 +36,7 @@ class Head(nn.Module):
         for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(settings.dropout)]
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
-        self.bounded = settings.bounded
+        self.bounded = bool(settings.bounded)
 
     def forward(self, pictures: Tensor, prompts: Tensor) -> Tensor:
         scale = pictures.shape[1] ** 0.5  # numbers of about 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,13 +32,20 @@ class About:
     width: int  # of an embedding
     head: HeadSettings
     members: int
-    temperature: float  # T of p(first is better) = σ((r_1 - r_2)/T), or of σ(r/T); see the calibration
+    temperature: (
+        float  # T of p(first is better) = σ((h_1 - h_2)/T), h being the heads' mean; of labels, of σ(logit h/T)
+    )
     kind: str  # preferences or labels
+    heads_sha256: str = ""  # of their file; written with it
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The mean of an ensemble's scores, less `pessimism` times their deviation (Coste et al. 2023, 2310.02743)."""
+    """The mean of an ensemble's scores, less `pessimism` times their deviation (Coste et al. 2023, 2310.02743).
+
+    Fitted on preferences, scores are log-odds: a picture is preferred to one of the same prompt whose score is lower by
+    d with probability σ(d), as far as the folder's calibration says. Fitted on labels, they are labels in [0, 1].
+    """
 
     deterministic: ClassVar[bool] = True
 
@@ -106,6 +113,8 @@ class Learned:
         """The members, frozen."""
         about, file = self.about, Path(self.path) / WEIGHTS
         try:
+            if sha256(file) != about.heads_sha256:
+                raise ValueError("it is not the file that was written with config.json")
             tensors = load_file(file)
             return [_head(about, tensors, f"{number}.", self.clip.network.device) for number in range(about.members)]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
@@ -114,7 +123,8 @@ class Learned:
     def _members(self, images: Sequence[Any] | Tensor, prompts: Sequence[str]) -> Tensor:
         """(members, N) scores."""
         seen, read = self.clip.pictures(images), self.clip.texts(prompts)
-        return torch.stack([head(seen, read) for head in self.heads])
+        unit = self.about.temperature if self.about.kind == "preferences" else 1.0
+        return torch.stack([head(seen, read) for head in self.heads]) / unit
 
     def _combined(self, scores: Tensor) -> Tensor:
         mean = scores.mean(0)
@@ -128,7 +138,8 @@ def write(folder: Path, about: About, heads: Sequence[Head], calibration: Mappin
         f"{k}.{name}": value.contiguous() for k, head in enumerate(heads) for name, value in head.state_dict().items()
     }
     replace_file(folder / WEIGHTS, save(tensors))
-    replace_file(folder / CONFIG, json.dumps(asdict(about) | {"calibration": dict(calibration)}, indent=1).encode())
+    said = asdict(replace(about, heads_sha256=sha256(folder / WEIGHTS))) | {"calibration": dict(calibration)}
+    replace_file(folder / CONFIG, json.dumps(said, indent=1).encode())
 
 
 def clip_digest(model: str, revision: str | None = None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tiller.rewards.learned.calibration import logistic
 from tiller.types import ConfigError
 
 
@@ -45,8 +46,3 @@ def labels(
         return found
     reached = found >= threshold if temperature == 0 else drawn < logistic((found - threshold) / temperature)
     return np.where(np.isnan(found), np.nan, reached.astype(float))
-
-
-def logistic(x: np.ndarray) -> np.ndarray:
-    """1/(1 + e^-x), for any x."""
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
