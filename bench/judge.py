@@ -2,15 +2,18 @@
 
     python bench/judge.py layers
     python bench/judge.py contrast
+    python bench/judge.py embedded
 
 `layers`: recall of a prompt's statement by the prompt itself and by another prompt, with emoji-clip's text tower.
 `contrast`: drawn scenes scored with their caption, and with one whose word is changed, by emoji-clip.
+`embedded`: the three judges with emoji-llava, on drawn scenes with their own captions and with those of other scenes.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+import time
 
 import numpy as np
 
@@ -18,7 +21,9 @@ from tiller.emoji import scenes
 from tiller.prompts import load
 from tiller.prompts.contrast import contrasted
 from tiller.rewards import resolve, score
+from tiller.rewards.judge.describe import VLMAlignment
 from tiller.rewards.judge.encoder import BertScorer, TextEncoder
+from tiller.rewards.judge.questions import VLMCounting, VLMQuestions
 from tiller.types import Prompt
 
 
@@ -64,5 +69,40 @@ def contrast(count: int = 200) -> None:
         print(f"temperature {temperature}: {wins(*values):.2%}; {between:.0%} of the right ones between .02 and .98")
 
 
+def embedded(count: int = 100) -> None:
+    """One line per judge: how often the right caption scores above another one, of all pairs; seconds per picture."""
+    settings = {
+        "vlm_alignment": {"statement": "{prompt}", "text": TextEncoder("emoji-clip", layer=0)},
+        "vlm_counting": {},
+        "vlm_questions": {},
+    }
+    for name, given in settings.items():
+        made = {
+            prompt.text: prompt
+            for prompt in load("animal_counts_all" if name == "vlm_counting" else "animal_activities_all")
+        }
+        prompts = random.Random(0).sample(list(made.values()), count)
+        images = [scenes.draw(_scene(prompt)) for prompt in prompts]
+        turned = prompts[1:] + prompts[:1]
+        kind = {"vlm_alignment": VLMAlignment, "vlm_counting": VLMCounting, "vlm_questions": VLMQuestions}[name]
+        judge = kind(model="emoji-llava", **given)
+        start = time.perf_counter()
+        found = [
+            score(judge, images, [p.text for p in asked], [p.metadata for p in asked]) for asked in (prompts, turned)
+        ]
+        seconds = (time.perf_counter() - start) / 2 / count
+        right, wrong = (scores.values for scores in found)
+        missing = np.isnan(right).sum() + np.isnan(wrong).sum()
+        print(
+            f"{name}: {np.nanmean(right):.3f} against {np.nanmean(wrong):.3f}, {wins(right, wrong):.1%}, "
+            f"{missing} missing, {seconds:.2f} s per picture; such as {next(iter(found[0].notes.values()))!r}"
+        )
+
+
+def _scene(prompt: Prompt) -> scenes.Scene:
+    known = prompt.metadata
+    return scenes.Scene(known["noun"], known.get("count", 1), known.get("activity"))
+
+
 if __name__ == "__main__":
-    {"layers": layers, "contrast": contrast}[sys.argv[1]]()
+    {"layers": layers, "contrast": contrast, "embedded": embedded}[sys.argv[1]]()
