@@ -85,7 +85,7 @@ def _reason(
 ) -> str:
     place = known.index(size)
     whole = "whole groups, " if sizes.whole_groups else ""
-    rule = f"{whole}{sizes.samples} pictures in {sizes.updates} updates on {sizes.processes} processes"
+    rule = f"{whole}{_many(sizes.samples, 'picture')} in {_shares(sizes)}"
     used = f"about {needs(size) / 1e9:.2f} of {memory / 1e9:.2f} GB"
     steps = (
         f"{per_step} batches are summed for each optimiser step" if per_step > 1 else "one batch is an optimiser step"
@@ -99,14 +99,20 @@ def _reason(
     return f"batch_size {size} is the largest that works ({rule}), and fits: {used}; {steps}."
 
 
+def _many(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{plural if count > 1 else ''}"
+
+
+def _shares(sizes: Sizes) -> str:
+    return f"{_many(sizes.updates, 'update')} on {_many(sizes.processes, 'process', 'es')}"
+
+
 def _contradiction(sizes: Sizes) -> str:
     unit = sizes.updates * sizes.processes * (sizes.group_size if sizes.whole_groups else 1)
     near = max(1, (sizes.samples + unit // 2) // unit) * unit
     groups = f" and whole groups of {sizes.group_size}" if sizes.whole_groups else ""
-    return (
-        f"no train.batch_size can share {sizes.samples} pictures among {sizes.updates} updates and {sizes.processes} "
-        f"processes{groups}; train.samples_per_epoch={near} can be."
-    )
+    shared = f"{_many(sizes.samples, 'picture')} among {_shares(sizes)}{groups}"
+    return f"no train.batch_size can share {shared}; train.samples_per_epoch={near} can be."
 
 
 def memory_bytes(text: str) -> float:

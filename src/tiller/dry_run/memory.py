@@ -20,7 +20,7 @@ from tiller.recipe import Model, Recipe
 
 GRAPH = {"unet": (2.0, 0.35), "transformer": (1.6, 0.12)}  # numbers kept per number taken in; with checkpointing
 ALIVE = 4.0  # feature maps of the decoder's largest kind that are there at once
-PROGRAM = {"cpu": 0.75e9, "cuda": 0.6e9}  # bytes of Python with its libraries, or of the card's context
+PROGRAM = {"cpu": 0.8e9, "cuda": 0.6e9}  # bytes of Python with its libraries, or of the card's context
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
