@@ -81,7 +81,7 @@ def test_a_run_of_three_rewards_from_start_to_evaluation(recipe: str, tmp_path: 
     run = tmp_path / "run"
     assert main(["train", recipe]) == 0
     said = capsys.readouterr().out
-    assert "jpeg_compressibility + 0.5 Brighter + 0 Judge" in said
+    assert "towards jpeg_compressibility + 0.5 Brighter, in" in said
     assert "3 Judge" in said  # the table
 
     beside = json.loads((run / "rewards.json").read_text())

@@ -99,8 +99,8 @@ def read_reported(setting: RewardSetting, key: str = "evaluation.rewards") -> tu
 
 
 def title(setting: RewardSetting | None) -> str:
-    """What a setting rewards, in words: `clip_score + 0.1 jpeg_compressibility`."""
-    specs = read(setting)
+    """What a setting rewards, in words: `clip_score + 0.1 jpeg_compressibility`. What is only logged is left out."""
+    specs = [spec for spec in read(setting) if spec.weight]
     if len(specs) == 1:
         return specs[0].label
     return " + ".join(spec.label if spec.weight == 1 else f"{spec.weight:g} {spec.label}" for spec in specs)

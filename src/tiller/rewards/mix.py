@@ -97,7 +97,7 @@ class Mix:
 
     @property
     def __name__(self) -> str:
-        return " + ".join(part.label for part in self.parts)
+        return " + ".join(part.label for part in self.parts if part.weight)
 
 
 def parts_of(reward: Reward) -> tuple[Part, ...]:
