@@ -161,13 +161,19 @@ def test_the_command_trains_resumes_bit_for_bit_and_writes_what_stock_code_reads
     asked = inputs.input_ids.shape[1]
     assert mine.ids[0, :asked].tolist() == inputs.input_ids[0].tolist()
     yes, end = processor.tokenizer.convert_tokens_to_ids(["yes", chat.END])
-    assert mine.ids[0, asked:].tolist() == mine.labels[0, asked:].tolist() == [yes, end]
-    assert set(mine.labels[0, :asked].tolist()) == {chat.IGNORED}
+    assert mine.ids[0, asked:].tolist() == [yes, end]
     written = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert written.shape[1] in range(asked + 1, asked + 4)
 
 
-def test_the_answer_sees_the_picture_and_only_the_answer_counts(clip_folder, words):
+def test_each_answer_weighs_one_and_a_question_only_if_it_is_true(words):
+    false, true = chat.encode(words, [("Is it a cat?", "No"), ("Is it a cat?", "Yes")], 3).weights.tolist()
+    # start, user, :, three places, five of the question, assistant, :, the answer, the end
+    assert false == pytest.approx([0] * 13 + [0.5] * 2)
+    assert true == pytest.approx([0] * 6 + [0.2] * 5 + [0] * 2 + [0.5] * 2)
+
+
+def test_the_answer_sees_the_picture_and_every_answer_counts_as_much(clip_folder, words):
     config = LlavaConfig(clip=str(clip_folder), width=32, layers=1)
     tower = llava.vision_tower(config.clip)
     model = llava.build(config, tower, words).eval()
@@ -178,10 +184,10 @@ def test_the_answer_sees_the_picture_and_only_the_answer_counts(clip_folder, wor
     logits = model(input_ids=tokens.ids, attention_mask=tokens.mask, pixel_values=pictures).logits
     logs = logits.double().log_softmax(-1)
     nats = []
-    for row in range(2):
-        places = [i for i in range(tokens.ids.shape[1]) if tokens.labels[row, i] != chat.IGNORED]
-        nats += [-logs[row, i - 1, tokens.ids[row, i]].item() for i in places]
-    assert len(nats) == 3 + 2  # words and the end
+    for row, answer in enumerate(("a cat", "two")):
+        end = int(tokens.mask[row].sum())
+        places = range(end - len(answer.split()) - 1, end)  # its words and the end
+        nats.append(np.mean([-logs[row, i - 1, tokens.ids[row, i]].item() for i in places]))
     assert loss.item() == pytest.approx(np.mean(nats), rel=1e-4)
 
 

@@ -35,12 +35,12 @@ WHAT_DOING = "What is the {} doing?"
 WHAT_BACKGROUND = ("What colour is the background?", "What color is the background?")
 
 KINDS: dict[str, float] = {
-    "concise": 0.34,
-    "detailed": 0.10,
-    "true or false": 0.34,
-    "count": 0.12,
-    "animal": 0.04,
-    "doing": 0.03,
+    "concise": 0.20,
+    "detailed": 0.14,
+    "true or false": 0.50,
+    "count": 0.08,
+    "animal": 0.03,
+    "doing": 0.02,
     "background": 0.03,
 }
 """Share of each kind of question in training; one that does not fit a scene becomes `concise`."""
@@ -78,13 +78,13 @@ def detailed(scene: Scene) -> str:
 def claim(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
     """A caption and whether it is true of the scene, with equal chances.
 
-    Three false ones in four differ from the true one in a single fact; the fourth is that of any other scene.
+    Of the false ones about two thirds differ from the true one in a single fact; the others are those of any scene.
     """
     told = wording.said(scene, rng)
     if rng.random() < 0.5:
         return scenes.caption(told), True
     other = wording.said(wording.any_scene(rng), rng)
-    if rng.random() < 0.75 or not wording.contradictions([scene], [other]).item():
+    if rng.random() < 0.6 or not wording.contradictions([scene], [other]).item():
         other = wording.wrong(told, rng)
     return scenes.caption(other), False
 

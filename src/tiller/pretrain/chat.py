@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 PAD, START, END, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
-IGNORED = -100  # as a label: no loss there
 TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'].upper() + ': ' }}"
@@ -56,22 +55,27 @@ class Tokens:
 
     ids: Tensor  # (N, L)
     mask: Tensor  # (N, L) 1 where there is a token
-    labels: Tensor  # (N, L) the answer's tokens and its end, else IGNORED
+    weights: Tensor  # (N, L) float32, how much each token is learned; those of an answer sum to 1
 
 
 def encode(words: PreTrainedTokenizerFast, turns: Sequence[tuple[str, str]], places: int) -> Tokens:
-    """`USER: <image> ... question ASSISTANT: answer</s>` with `places` tokens for the picture; 0 leaves it out."""
+    """`USER: <image> ... question ASSISTANT: answer</s>` with `places` tokens for the picture; 0 leaves it out.
+
+    The answer is what is learned. Where it is Yes, the question is learned as much, for it says what is in the
+    picture: a model that expects each next word of a true caption is surprised by the wrong word of a false one.
+    """
     count = len(turns)
-    texts = ["USER:", "ASSISTANT:", *(q for q, _ in turns), *(a for _, a in turns)]
-    user, assistant, *rest = words(texts, add_special_tokens=False).input_ids
+    texts = ["USER:", "ASSISTANT:", "Yes", *(q for q, _ in turns), *(a for _, a in turns)]
+    user, assistant, yes, *rest = words(texts, add_special_tokens=False).input_ids
     start, end, image = words.bos_token_id, words.eos_token_id, words.convert_tokens_to_ids(IMAGE)
-    rows, answers = [], []
+    rows, weights = [], []
     for question, answer in zip(rest[:count], rest[count:], strict=True):
-        prompt = [start, *user, *[image] * places, *question, *assistant]
-        rows.append([*prompt, *answer, end])
-        answers.append([*[IGNORED] * len(prompt), *answer, end])
+        opening, answered = [start, *user, *[image] * places], [*answer, end]
+        rows.append([*opening, *question, *assistant, *answered])
+        asked = 1 / len(question) if answer == yes else 0.0
+        row = [0.0] * len(opening) + [asked] * len(question) + [0.0] * len(assistant)
+        weights.append(row + [1 / len(answered)] * len(answered))
     length = max(map(len, rows))
     ids = torch.tensor([row + [words.pad_token_id] * (length - len(row)) for row in rows])
-    labels = torch.tensor([row + [IGNORED] * (length - len(row)) for row in answers])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    return Tokens(ids, mask, labels)
+    return Tokens(ids, mask, torch.tensor([row + [0.0] * (length - len(row)) for row in weights]))

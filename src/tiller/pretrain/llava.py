@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
@@ -92,15 +93,19 @@ def places(tower: CLIPVisionModel) -> int:
 
 
 def answer_loss(model: LlavaForConditionalGeneration, tokens: chat.Tokens, pictures: Tensor | None) -> Tensor:
-    """Mean negative log-likelihood (nats) of the answers' tokens; ()."""
+    """Mean negative log-likelihood (nats) of the tokens after the first, by their weights; ()."""
     device = model.device
-    return model(
+    logits = model(
         input_ids=tokens.ids.to(device),
         attention_mask=tokens.mask.to(device),
-        labels=tokens.labels.to(device),
         pixel_values=None if pictures is None else pictures.to(device),
         use_cache=False,
-    ).loss
+    ).logits
+    nats = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), tokens.ids[:, 1:].flatten().to(device), reduction="none"
+    )
+    weights = tokens.weights[:, 1:].flatten().to(device)
+    return (nats * weights).sum() / weights.sum()
 
 
 def only(model: LlavaForConditionalGeneration, *parts: str) -> None:
@@ -120,9 +125,8 @@ def train_language(
         rng = np.random.default_rng((config.seed, LANGUAGE, step))
         turns = [dialogues.turn(wording.any_scene(rng), rng) for _ in range(config.batch)]
         tokens = chat.encode(words, turns, places=0)
-        everything = tokens.ids.masked_fill(tokens.mask == 0, chat.IGNORED)
         with autocast(config):
-            return answer_loss(model, chat.Tokens(tokens.ids, tokens.mask, everything), None)
+            return answer_loss(model, chat.Tokens(tokens.ids, tokens.mask, tokens.mask.float()), None)
 
     path = folder / "language.safetensors"
     yield from optimise(training, loss, "language", config.batch, path, config.save_every)
