@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tiller import config
 from tiller.cli import main
 from tiller.dry_run import memory, network, pace, solve, work
 from tiller.dry_run.facts import TABLE
-from tiller.dry_run.headers import folder_of, read
+from tiller.dry_run.headers import Files, Part, folder_of, read
 from tiller.dry_run.machine import Machine
 from tiller.recipe import ALGORITHMS, Model, Recipe
 from tiller.settings import TrainConfig
@@ -215,3 +216,16 @@ def test_a_run_with_auto_writes_the_number_down_and_goes_on_with_it(model, tmp_p
     assert config.load(Recipe, tmp_path / "run" / "config.yaml").train.batch_size == 1
     assert main([*words, "train.memory=9GB", "train.epochs=2"]) == 0
     assert "batch_size 1, as the run began with" in capsys.readouterr().out
+
+
+def test_stable_diffusion_1_5_at_its_true_size():
+    """Its U-Net's published 859.5 M numbers, diffusers' 797,184 of a LoRA of rank 4, and 0.4 T multiply-adds at 512."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
+    part = Part("unet", "UNet2DConditionModel", dict(unet.config), shapes)
+    vae = Part("vae", "AutoencoderKL", {"block_out_channels": [128, 256, 512, 512]}, {})
+    assert part.count == 859_520_964
+    assert memory.trained_numbers(part, Model(lora_rank=4)) == 797_184
+    files = Files("StableDiffusionPipeline", {"unet": part, "vae": vae})
+    assert network.denoiser_cost(files, part, (512, 512)).operations == pytest.approx(0.803e12, rel=0.01)
