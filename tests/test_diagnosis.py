@@ -119,6 +119,16 @@ def test_a_rule_speaks_beyond_its_threshold_and_not_before(name: str) -> None:
     assert [finding.name for finding in diagnose(beyond)] == [name]
 
 
+@pytest.mark.parametrize(("slope", "speaks"), [(0.001, False), (-0.01, True)])
+def test_a_run_under_way_is_told_that_a_held_out_reward_falls(slope: float, speaks: bool) -> None:
+    seen = np.where(LINE % 4 == 0, 0.9 + slope * LINE + 0.01 * (LINE % 8 == 0), np.nan)
+    rising = epochs(reward__mean=LINE + LINE % 2, reward__std=1, eval__unseen_objects__gold=seen)
+    found = diagnose(Record(config={"reward": "r"}, metrics=rising.metrics))
+    assert [finding.name for finding in found] == ["held_out_falls"] * speaks
+    if speaks:
+        assert "gold falls on unseen objects, from 0.91 to 0.62" in found[0].sentence
+
+
 def test_a_run_that_evaluation_says_rose_is_not_called_flat() -> None:
     flat = epochs(reward__mean=LINE % 2)
     assert [finding.name for finding in diagnose(flat)] == ["reward_flat"]

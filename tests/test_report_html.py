@@ -83,7 +83,13 @@ def test_the_summary_says_what_was_asked_won_and_lost_and_whether_to_believe_it(
     ("gains", "verdict", "begins"),
     [
         ([], "open", "Open: there is no comparison"),
-        ([gain("trained", "r", -0.1, 0.1, 0.3)], "no", "No: no split's interval leaves out 0."),
+        ([gain("trained", "r", -0.1, 0.1, 0.3)], "no", "No: every interval holds 0."),
+        ([gain("trained", "r", -0.3, -0.2, -0.1)], "no", "No: the reward fell beyond chance on trained prompts."),
+        (
+            [gain("unseen_animals", "r", -0.1, 0.2, 0.3), gain("unseen_objects", "r", 0.1, 0.2, 0.3)],
+            "partly",
+            "In part: beyond chance on some prompts never trained on, but not on unseen animals.",
+        ),
         ([gain("trained", "r", 0.1, 0.2, 0.3)], "partly", "For the trained prompts: no others were measured."),
         (
             [gain("trained", "r", 0.1, 0.2, 0.3), gain("unseen_objects", "r", -0.1, 0.2, 0.3)],
@@ -104,6 +110,24 @@ def test_the_verdict_follows_the_intervals(gains, verdict, begins) -> None:
     said = words.summarise(record.Record(config={"reward": "r"}, gains=lines))
     assert said.verdict == verdict
     assert said.believe.startswith(begins)
+
+
+def test_where_pairs_were_trained_on_the_first_reported_reward_is_the_one_that_is_told() -> None:
+    pairs = record.Record(
+        config={"reward": None, "data": "pairs.jsonl"}, gains=[record.Gain(**gain("t", "gold", 0.1, 0.2, 0.3))]
+    )
+    said = words.summarise(pairs)
+    assert said.headline == "The reward rose by +0.200 (95 % +0.100 to +0.300) on t."
+    assert "towards the data in pairs.jsonl" in said.asked
+
+
+def test_a_headline_does_not_hide_the_prompts_on_which_nothing_was_won() -> None:
+    lines = [gain("unseen_animals", "r", -0.1, 0.2, 0.3), gain("unseen_objects", "r", 0.1, 0.2, 0.3)]
+    said = words.summarise(record.Record(config={"reward": "r"}, gains=[record.Gain(**one) for one in lines]))
+    assert said.headline == (
+        "The reward rose by +0.200 (95 % +0.100 to +0.300) on objects never trained on, but not beyond chance on "
+        "unseen animals."
+    )
 
 
 def test_the_page_needs_nothing_else_and_runs_only_its_own_script(run: Path) -> None:

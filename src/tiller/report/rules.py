@@ -207,6 +207,8 @@ def saturated(record: Record, limits: Limits) -> Finding | None:
 
 def held_out_falls(record: Record, limits: Limits) -> Finding | None:
     """The trained reward rose and another one fell, both beyond chance: over-optimisation."""
+    if not record.gains:
+        return _falls_meanwhile(record, limits)
     if not any(gain.reward == record.reward and gain.direction > 0 for gain in record.gains):
         return None
     lost = [gain for gain in record.gains if gain.reward != record.reward and gain.direction < 0]
@@ -220,6 +222,25 @@ def held_out_falls(record: Record, limits: Limits) -> Finding | None:
         f"(95 % {-worst.high:.3g} to {-worst.low:.3g}): the reward is being over-optimised.",
         "Stop earlier, add a KL penalty, or put that score into the reward with a small weight.",
     )
+
+
+def _falls_meanwhile(record: Record, limits: Limits) -> Finding | None:
+    """The same, seen in the evaluations of a run that is not finished yet."""
+    if not trend(record.column("reward/mean")) > -limits.falling_t:
+        return None
+    for name in record.names("eval/"):
+        seen = record.column(name)
+        known = seen[np.isfinite(seen)]
+        _, split, reward = [*name.split("/", 2), "", ""][:3]
+        if reward != record.reward and len(known) >= 5 and trend(seen) <= limits.falling_t:
+            return _found(
+                "held_out_falls",
+                "warning",
+                f"The trained reward rises while {reward} falls on {split_words(split)}, from {known[0]:.3g} to "
+                f"{known[-1]:.3g}: the reward is being over-optimised.",
+                "Stop soon, or let evaluation.monitor do it; a KL penalty slows it down.",
+            )
+    return None
 
 
 def not_general(record: Record, limits: Limits) -> Finding | None:

@@ -386,7 +386,7 @@ def cost(record: Record) -> Markup | None:
     """Time by what it went into, reward calls, memory."""
     rows: list[list[Child]] = []
     names = {"time/sample": "drawing pictures", "time/reward": "waiting for scores", "time/update": "updates",
-             "time/data": "loading data"}  # fmt: skip
+             "time/data": "loading data", "time/evaluate": "evaluations during the run"}  # fmt: skip
     total = float(record.seconds.sum()) if len(record.seconds) else 0.0
     for name, words in names.items():
         spent = record.timing(name)

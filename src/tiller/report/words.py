@@ -24,8 +24,8 @@ class Summary:
 
 def summarise(record: Record) -> Summary:
     """The summary of a run, finished or not."""
-    mine = [gain for gain in record.gains if gain.reward == record.reward]
-    others = [gain for gain in record.gains if gain.reward != record.reward]
+    mine = [gain for gain in record.gains if gain.reward == main_reward(record)]
+    others = [gain for gain in record.gains if gain.reward != main_reward(record)]
     believe, verdict = _believe(mine, others)
     return Summary(
         headline=_headline(record, mine, others),
@@ -56,10 +56,15 @@ def gain_words(gain: Gain, interval: bool = True) -> str:
     return f"{signed(gain.difference, unit)}{span} on {split_words(gain.split)}"
 
 
+def main_reward(record: Record) -> str | None:
+    """The trained reward or, where preference pairs were trained on, the first one reported."""
+    return record.reward or (record.gains[0].reward if record.gains else None)
+
+
 def told(gains: list[Gain]) -> Gain | None:
-    """The line that says most: on prompts never trained on, if there are any."""
-    unseen = [gain for gain in gains if gain.split != "trained"]
-    return next(iter(unseen or gains), None)
+    """The line that says most: on prompts never trained on, if there are any; of these, on those that gained."""
+    unseen = [gain for gain in gains if gain.split != "trained"] or gains
+    return next((gain for gain in unseen if gain.direction > 0), next(iter(unseen), None))
 
 
 def duration(seconds: float) -> str:
@@ -86,11 +91,18 @@ def _headline(record: Record, mine: list[Gain], others: list[Gain]) -> str:
     first = f"The reward {_verb(best)} {gain_words(best)}."
     if best.split.startswith("unseen"):
         first = first.replace("on unseen ", "on ").removesuffix(".") + " never trained on."
+    if best.direction > 0 and (rest := _not_risen(mine)):
+        first = f"{first.removesuffix('.')}, but not beyond chance on {_list(rest)}."
     fallen = sorted({gain.reward for gain in others if gain.direction < 0})
     if fallen:
         return f"{first} {_list(fallen)} fell."
     stayed = sorted({gain.reward for gain in others})
     return f"{first} {_list(stayed)} stayed." if stayed else first
+
+
+def _not_risen(mine: list[Gain]) -> list[str]:
+    """The splits never trained on where the reward did not rise, though it may have."""
+    return [split_words(gain.split) for gain in mine if gain.split != "trained" and gain.direction <= 0]
 
 
 def _asked(record: Record) -> str:
@@ -133,8 +145,11 @@ def _believe(mine: list[Gain], others: list[Gain]) -> tuple[str, str]:
     fallen = sorted({gain.reward for gain in others if gain.direction < 0})
     count = min(gain.count for gain in mine)
     few = f" The intervals come from as few as {count} pictures." if count < FEW else ""
+    if any(gain.direction < 0 for gain in mine):
+        where = [split_words(gain.split) for gain in mine if gain.direction < 0]
+        return f"No: the reward fell beyond chance on {_list(where)}.{few}", "no"
     if not risen:
-        return f"No: no split's interval leaves out 0.{few}", "no"
+        return f"No: every interval holds 0.{few}", "no"
     if unseen and not any(gain.direction > 0 for gain in unseen):
         return f"For the trained prompts only: on others the interval holds 0.{few}", "partly"
     if fallen:
@@ -143,6 +158,8 @@ def _believe(mine: list[Gain], others: list[Gain]) -> tuple[str, str]:
             f"over-optimisation. Look at the pictures.{few}",
             "partly",
         )
+    if unseen and (rest := _not_risen(mine)):
+        return f"In part: beyond chance on some prompts never trained on, but not on {_list(rest)}.{few}", "partly"
     if not unseen:
         return f"For the trained prompts: no others were measured.{few}", "partly"
     if not others:
@@ -157,7 +174,7 @@ def _list(names: list[str]) -> str:
 def figures(record: Record) -> list[tuple[str, str]]:
     """(name, value) of the numbers that a reader wants first."""
     found: list[tuple[str, str]] = []
-    best = told([gain for gain in record.gains if gain.reward == record.reward])
+    best = told([gain for gain in record.gains if gain.reward == main_reward(record)])
     if best is not None:
         found += [
             (f"reward, {split_words(best.split)}", signed(best.difference, UNITS.get(best.reward, ""))),
