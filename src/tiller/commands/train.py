@@ -101,7 +101,9 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
                 max_missing=recipe.run.max_missing,
             )
             for report in interrupts.over(() if watch.ended else sick.watch(reports, folder, resolved, world)):
+                looking = time.monotonic()
                 report.metrics.update(watch.at(state))
+                report.timings["time/evaluate"] = time.monotonic() - looking
                 report.timings.update(memory(world.device))
                 record.log(report)
                 terminal.epoch(report.epoch, _line(report, pace))

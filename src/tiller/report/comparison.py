@@ -73,7 +73,8 @@ def _numbers(row: Row, split: str) -> dict[str, float]:
 
 def seconds(row: Row) -> np.ndarray:
     """(epochs,) time since the start of training after each epoch, without evaluation."""
-    return np.cumsum([sum(v for k, v in line.items() if k.startswith("time/")) for line in row.timings])
+    spent = [[v for k, v in line.items() if k.startswith("time/") and k != "time/evaluate"] for line in row.timings]
+    return np.cumsum([sum(one) for one in spent])
 
 
 def table(summary: Sequence[Mapping[str, Any]]) -> str:

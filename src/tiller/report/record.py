@@ -15,6 +15,7 @@ import numpy as np
 from tiller import reward_spec, yaml_text
 from tiller.types import ConfigError, RunError
 
+EVALUATE = "time/evaluate"  # the time of looking at a run while it goes on, which is no part of an epoch
 CONFIG, METRICS, TIMINGS = "config.yaml", "metrics.jsonl", "timings.jsonl"  # as tiller.run names them, without torch
 ENVIRONMENT, FINISHED, STACKS = "environment.json", "finished.json", "stacks.txt"
 COMPARISON, DRIFT, MONITOR = "evaluation/comparison.json", "evaluation/drift.json", "evaluation/monitor.json"
@@ -113,7 +114,8 @@ class Record:
     @property
     def seconds(self) -> np.ndarray:
         """(E,) what each epoch took, without evaluation."""
-        spent = [[number(v) for k, v in line.items() if k.startswith("time/")] for line in self.timings]
+        parts = [{k: v for k, v in line.items() if k.startswith("time/") and k != EVALUATE} for line in self.timings]
+        spent = [[number(value) for value in one.values()] for one in parts]
         return np.array([np.nansum(one) for one in spent], dtype=np.float64)
 
 
