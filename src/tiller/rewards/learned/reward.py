@@ -41,7 +41,9 @@ class About:
 
 @dataclass(frozen=True)
 class Learned:
-    """The mean of an ensemble's scores, less `pessimism` times their deviation (Coste et al. 2023, 2310.02743).
+    """The mean of an ensemble's scores, less `pessimism` times their standard deviation.
+
+    After Coste et al. 2023 (2310.02743, section 3), who take off the variance; a deviation has the scores' unit.
 
     Fitted on preferences, scores are log-odds: a picture is preferred to one of the same prompt whose score is lower by
     d with probability σ(d), as far as the folder's calibration says. Fitted on labels, they are labels in [0, 1].
