@@ -50,10 +50,13 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def files(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of every file that decides what is learned: prompts, preference pairs, and the rewards' sources."""
+    """The hash of every file that decides what is learned: prompts, preference pairs, the rewards' sources and fits."""
     paths = {name: str(recipe.get(name) or "") for name in ("prompts", "data")}
     specs = reward_spec.read(recipe.get("reward"))
     paths |= {spec.key: str(spec.settings.get("reward", spec.name)).rpartition(":")[0] for spec in specs}  # in_venv's
+    paths |= {
+        f"{spec.key}.path": f"{spec.settings.get('path')}/config.json" for spec in specs if spec.name == "learned"
+    }
     return {name: sha256(Path(path)) for name, path in paths.items() if Path(path).suffix and Path(path).is_file()}
 
 

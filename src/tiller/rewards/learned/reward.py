@@ -79,6 +79,12 @@ class Learned:
             for value, one in zip(self._combined(scores).tolist(), spread.tolist(), strict=True)
         ]
 
+    @property
+    def identity(self) -> str:
+        """What was fitted, so that scores kept from before another fit are not taken for this one's."""
+        file = Path(self.path) / CONFIG
+        return sha256(file) if file.is_file() else ""
+
     @cached_property
     def about(self) -> About:
         """What the folder says of itself.
