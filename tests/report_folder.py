@@ -45,7 +45,14 @@ def run_folder(folder: Path, epochs: Sequence[int] = EPOCHS, lift: float = 0.1) 
         for n in range(1, 5)
     ]  # fmt: skip
     timings = [
-        {"epoch": n, "time/sample": 30.0, "time/reward": 0.0, "time/update": 60.0, "memory/gb": 1.5}
+        {
+            "epoch": n,
+            "time/sample": 30.0,
+            "time/reward": 0.0,
+            "time/update": 60.0,
+            "memory/gb": 1.5,
+            "time/evaluate": 9.0,
+        }
         for n in range(1, 5)
     ]
     for name, rows in (("metrics.jsonl", lines), ("timings.jsonl", timings)):

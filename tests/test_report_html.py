@@ -199,6 +199,9 @@ def test_the_tables_hold_the_numbers(run: Path) -> None:
     assert "drawing pictures2.0 min33%30 s" in rows
     assert "together6.0 min100%90 s" in rows
     assert "torch9.9" in rows
+    assert any(
+        "most memory held: process 1.50 GB; evaluations during the run took 36 s." in text for _, text in page.all("p")
+    )
     (snippet,) = [text for a, text in page.all("code") if a.get("id") == "snippet"]
     assert f'pipe.load_lora_weights("{run / "model"}")' in snippet
     assert 'DiffusionPipeline.from_pretrained("some/model", revision="abc")' in snippet

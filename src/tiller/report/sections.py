@@ -13,7 +13,7 @@ from tiller.report.chart import Line, chart, interval, short
 from tiller.report.diagnosis import Finding
 from tiller.report.gallery import Gallery
 from tiller.report.markup import Child, Markup, join, tag
-from tiller.report.record import Gain, Record, number
+from tiller.report.record import EVALUATE, Gain, Record, number
 from tiller.report.words import UNITS, duration, figures, signed, split_words, summarise
 
 CALLS = "pictures scored"
@@ -404,6 +404,8 @@ def cost(record: Record) -> Markup | None:
     calls = record.column("reward_calls")
     said = [f"{calls[-1]:,.0f} pictures drawn and scored"] if len(calls) and calls[-1] > 0 else []
     said += [f"most memory held: {', '.join(held)}"] if held else []
+    looking = np.nansum(record.timing(EVALUATE))
+    said += [f"evaluations during the run took {duration(looking)}"] if looking > 0 else []
     if not rows and not said:
         return None
     text = "; ".join(said)
