@@ -125,14 +125,14 @@ class LlavaReader:
         return found
 
     @torch.inference_mode()
-    def agrees(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[bool]:
-        """Whether Yes is likelier than No."""
+    def margins(self, images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
+        """log P(Yes) - log P(No) when asked whether the picture shows its caption."""
         yes, no = (self.processor.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-        found: list[bool] = []
+        found: list[float] = []
         for start in range(0, len(images), 64):
             questions = [dialogues.TRUE_OR_FALSE[0].format(text) for text in captions[start : start + 64]]
             logits = self.model(**self.inputs(images[start : start + 64], questions)).logits[:, -1]
-            found += (logits[:, yes] > logits[:, no]).tolist()
+            found += (logits[:, yes] - logits[:, no]).tolist()
         return found
 
 
@@ -179,14 +179,17 @@ def reading(reader: LlavaReader, count: int) -> Iterator[tuple[str, dict[str, fl
 
 
 def yes_or_no(reader: LlavaReader, count: int) -> dict[str, float]:
-    """Accuracy on true captions and on false ones with a single fact changed, as many of each."""
+    """Accuracy on true captions and on false ones with a single fact changed, as many of each, and on their order.
+
+    "ranked" is the share of pictures of which the true caption has the higher log P(Yes) - log P(No).
+    """
     rng = np.random.default_rng(SEED)
     chosen = [wording.said(wording.any_scene(rng), rng) for _ in range(count)]
     images = [scenes.draw(scene) for scene in chosen]
-    true = reader.agrees(images, [scenes.caption(scene) for scene in chosen])
-    false = reader.agrees(images, [scenes.caption(wording.wrong(scene, rng)) for scene in chosen])
-    yes, no = float(np.mean(true)), 1 - float(np.mean(false))
-    return {"true captions": yes, "false captions": no, "both": (yes + no) / 2}
+    true = np.array(reader.margins(images, [scenes.caption(scene) for scene in chosen]))
+    false = np.array(reader.margins(images, [scenes.caption(wording.wrong(scene, rng)) for scene in chosen]))
+    yes, no = float((true > 0).mean()), float((false <= 0).mean())
+    return {"true captions": yes, "false captions": no, "both": (yes + no) / 2, "ranked": float((true > false).mean())}
 
 
 def drawn(count: int) -> Iterator[tuple[str, list[Image.Image], list[dict[str, int]]]]:

@@ -53,7 +53,7 @@ def require_positive(config: object, *keys: str) -> None:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A small LLaVA on the embedded world, in three phases. The defaults are the run that made `emoji-llava`."""
+    """A small LLaVA on the embedded world, in three phases. The defaults are the first run of `emoji-llava`."""
 
     model: Literal["llava"] = "llava"
     output: str = "llava-model"
@@ -63,9 +63,9 @@ class LlavaConfig:
     width: int = 192  # of the language model
     layers: int = 4
     head_width: int = 32
-    language_steps: int = 200  # the language model alone, on text
-    projector_steps: int = 200  # the projector alone, on descriptions
-    steps: int = 1500  # both, on descriptions and questions
+    language_steps: int = 150  # the language model alone, on text
+    projector_steps: int = 150  # the projector alone, on descriptions
+    steps: int = 1200  # both, on descriptions and questions
     batch: int = 64
     lr: float = 1.5e-3
     ema: float = 0.99  # decay of the averaged weights, which are the ones exported
