@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -83,6 +83,10 @@ class World:
         for rank, part in enumerate(parts):
             whole[rank :: self.size] = part
         return whole  # type: ignore[return-value]
+
+    def once(self, ask: Callable[[], T]) -> T:
+        """What the main process found out, in every process."""
+        return self.gather([ask()] if self.is_main else [])[0]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up every parameter's gradient over all processes, in place; one that has none counts as zero."""

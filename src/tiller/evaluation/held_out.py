@@ -80,22 +80,37 @@ def evaluate(
     sampling: Mapping[str, Any],
     world: World | None = None,
 ) -> dict[str, Evaluated]:
-    """Every split's pictures, scored by every reward. The same seed gives every model the same initial noise.
-
-    Where a reward returns named scores, or is a sum, `NAME[PART]` is each of them. One that compares pictures is shown
-    the samples of a prompt as a group: its scores rank pictures of one model, and say nothing of one model against
-    another.
-    """
+    """Every split's pictures, scored by every reward. The same seed gives every model the same initial noise."""
     results = {}
     for split, prompts in splits.items():
         pictures = draw_pictures(policy, prompts, samples_per_prompt, seed, batch_size, sampling, world)
-        asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-        texts, metadata = [prompt.text for prompt in asked], [prompt.metadata for prompt in asked]
-        groups = [index for index in range(len(prompts)) for _ in range(samples_per_prompt)]
+        results[split] = scored(pictures, prompts, samples_per_prompt, rewards, world)
+    return results
+
+
+def scored(
+    pictures: Sequence[Any],
+    prompts: Sequence[Prompt],
+    samples_per_prompt: int,
+    rewards: Mapping[str, Reward],
+    world: World | None = None,
+) -> Evaluated:
+    """The scores of pictures that lie side by side, `samples_per_prompt` of each prompt.
+
+    Where a reward returns named scores, or is a sum, `NAME[PART]` is each of them. One that compares pictures is shown
+    the samples of a prompt as a group: its scores rank pictures of one model, and say nothing of one model against
+    another. One process asks for all of them, for a judge may not answer twice alike.
+    """
+    asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    texts, metadata = [prompt.text for prompt in asked], [prompt.metadata for prompt in asked]
+    groups = [index for index in range(len(prompts)) for _ in range(samples_per_prompt)]
+
+    def ask() -> dict[str, np.ndarray]:
         scores: dict[str, np.ndarray] = {}
         for name, reward in rewards.items():
             found = score(reward, pictures, texts, metadata, groups=groups)
             scores[name] = found.values
             scores |= {f"{name}[{part}]": column for part, column in found.components.items()}
-        results[split] = Evaluated(tuple(texts), scores)
-    return results
+        return scores
+
+    return Evaluated(tuple(texts), (world or World()).once(ask))

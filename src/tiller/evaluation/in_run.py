@@ -12,12 +12,12 @@ import numpy as np
 
 from tiller.distributed import World
 from tiller.evaluation.drift import diversity, kl_to_base
-from tiller.evaluation.held_out import Evaluated, draw_pictures
+from tiller.evaluation.held_out import Evaluated, draw_pictures, scored
 from tiller.evaluation.monitor import Seen
 from tiller.evaluation.paired import Comparison, compare
 from tiller.evaluation.statistics import mean_statistics
 from tiller.policy import Policy
-from tiller.rewards import Reward, score
+from tiller.rewards import Reward
 from tiller.types import Prompt
 
 TRAINED = "trained"  # the split of the prompts that are trained on
@@ -71,8 +71,7 @@ class InRun:
             pictures = draw_pictures(
                 self.policy, prompts, PER_PROMPT, self.seed, self.batch_size, self.sampling, self.world
             )
-            asked = [prompt for prompt in prompts for _ in range(PER_PROMPT)]
-            scores[split] = self._score(pictures, asked)
+            scores[split] = scored(pictures, prompts, PER_PROMPT, self.rewards, self.world)
             if mean_statistics(pictures[:1]):
                 differ.append(diversity(pictures, PER_PROMPT))
                 drawn += pictures
@@ -102,21 +101,12 @@ class InRun:
             kl=self._moved(),
         )
 
-    def _score(self, pictures: list[Any], asked: Sequence[Prompt]) -> Evaluated:
-        texts, metadata = [prompt.text for prompt in asked], [prompt.metadata for prompt in asked]
-        columns: dict[str, np.ndarray] = {}
-        for name, reward in self.rewards.items():
-            found = score(reward, pictures, texts, metadata)
-            parts = {f"{name}[{part}]": values for part, values in found.components.items()}
-            columns |= {name: found.values, **parts}
-        return Evaluated(tuple(texts), columns)
-
     def _moved(self) -> float | None:
         """Nats per picture, on the first split; None for a full fine-tuning, which has no base left."""
         if self.policy.lora_rank is None:
             return None
         prompts = list(next(iter(self.splits.values())))
-        return kl_to_base(self.policy, prompts, 1, self.seed, self.paths)
+        return self.world.once(lambda: kl_to_base(self.policy, prompts, 1, self.seed, self.paths))
 
 
 def pooled(base: Mapping[str, Evaluated], now: Mapping[str, Evaluated]) -> dict[str, Comparison]:
