@@ -24,6 +24,9 @@ from tiller.rewards.learned import Learned
 from tiller.rewards.scorers.clip import Clip
 from tiller.run.identity import files
 from tiller.types import ConfigError
+from tiller.vote.booth import Booth
+from tiller.vote.contest import find
+from tiller.vote.ledger import Ledger
 
 PROMPTS = ("a cat", "a dog", "a horse", "a fox", "a bee", "an ant", "a cow", "a pig")
 QUICK = (
@@ -228,6 +231,24 @@ def test_damaged_folders_are_refused_in_one_sentence(reward: Path, tmp_path: Pat
         Learned()
     with pytest.raises(ConfigError, match="pessimism is -1"):
         Learned("x", pessimism=-1)
+
+
+def test_votes_of_people_are_taken_as_they_are(clip: Path, pictures: Path, tmp_path: Path) -> None:
+    """Through the page's own booth, on the folder that `tiller label` takes; every fifth vote is a tie."""
+    ledger = Ledger(tmp_path / "votes.jsonl", lambda sentence: None)
+    booth, number = Booth(ledger), 0
+    booth.open(find(pictures)[:60])
+    while asked := booth.ballots("ann"):
+        left, right = redness([Image.open(side.path) for side in asked[0].sides], [], [])
+        choice = "tie" if number % 5 == 4 else "left" if left > right else "right"
+        booth.vote("ann", asked[0].contest.id, asked[0].id, choice)
+        number += 1
+    ledger.close()
+    output = tmp_path / "reward"
+    assert main(["fit-reward", str(ledger.path), "--output", str(output), f"clip={clip}", *QUICK]) == 0
+    found = json.loads((output / "config.json").read_text())["calibration"]
+    assert found["fitted_on"] + found["count"] == 48  # 12 of 60 are ties
+    assert found["accuracy"] > 0.7
 
 
 def test_labels_are_fitted_from_a_file(clip: Path, pictures: Path, tmp_path: Path, capsys) -> None:
