@@ -192,8 +192,8 @@ def yes_or_no(reader: LlavaReader, count: int) -> dict[str, float]:
     return {"true captions": yes, "false captions": no, "both": (yes + no) / 2, "ranked": float((true > false).mean())}
 
 
-def drawn(count: int) -> Iterator[tuple[str, list[Image.Image], list[dict[str, int]]]]:
-    """For three kinds of prompt: pictures by the model `emoji`, and the facts that the judge sees there."""
+def drawn(count: int) -> Iterator[tuple[str, list[Image.Image], list[Scene], list[dict[str, int]]]]:
+    """For three kinds of prompt: pictures by the model `emoji`, what was asked for, and what the judge sees."""
     pipe, judge = measure.load("emoji"), Judge.load()
     for kind in ("colour", "count", "activity"):
         prompts = measure.prompts_of(kind, count)
@@ -201,7 +201,13 @@ def drawn(count: int) -> Iterator[tuple[str, list[Image.Image], list[dict[str, i
         read = {fact: logs.argmax(-1).tolist() for fact, logs in judge.facts(images).items()}
         told = ("first", "second", "count", "colour") if kind == "activity" else ("first", "count", "colour")
         facts = [{fact: read[fact][i] for fact in told} for i in range(count)]
-        yield kind, images, facts
+        yield kind, images, [asked(prompt) for prompt in prompts], facts
+
+
+def asked(prompt: str) -> Scene:
+    """A scene with the noun, the count and the activity that a prompt of this world names."""
+    facts = scenes.parse(prompt)
+    return Scene(facts.noun or "cat", facts.count or 1, facts.activity)
 
 
 def main() -> None:
@@ -221,9 +227,9 @@ def main() -> None:
     if llava:
         for name, shares in reading(llava, options.count):
             _show(name, shares)
-    for kind, images, facts in drawn(options.drawn) if options.drawn else ():
+    for kind, images, wanted, facts in drawn(options.drawn) if options.drawn else ():
         if clip:
-            nouns = clip.choose(images, [[scenes.caption(Scene(noun)) for noun in NOUNS]] * len(images))
+            nouns = clip.choose(images, [alternatives(scene, "noun", NOUNS) for scene in wanted])
             same = float(np.mean([CLASSES["first"][f["first"]] == NOUNS[n] for f, n in zip(facts, nouns, strict=True)]))
             _show(f"drawn, {kind}: CLIP's noun is the judge's", {"noun": same})
         if llava:
