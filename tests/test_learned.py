@@ -16,7 +16,7 @@ from tiller.rewards.learned.fit import Comparisons, FitSettings, Labels, fit, sp
 from tiller.types import ConfigError
 
 QUICK = FitSettings(members=2, steps=150, batch=64)
-SMALL = HeadSettings(hidden=(32,), dropout=0.0)
+SMALL = HeadSettings(hidden=(32,), dropout=0.0, cosine=0.0)
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -209,7 +209,7 @@ def test_labels_are_fitted_and_the_changed_prompts_stay_below() -> None:
     both = torch.stack([prompts, prompts.roll(1, 0)], dim=1)
     data = Labels(pictures, both, near.float(), texts)
     fitted, held = split(texts, 0.25, seed=0)
-    settings = HeadSettings(hidden=(32,), dropout=0.0, bounded=True)
+    settings = HeadSettings(hidden=(32,), dropout=0.0, cosine=0.0, bounded=True)
     heads, rest = fit(data.take(fitted), settings, QUICK), data.take(held)
     with torch.no_grad():
         said, other = (torch.stack([h(rest.pictures, rest.prompts[:, j]) for h in heads]).mean(0) for j in (0, 1))
@@ -259,10 +259,13 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 
 def test_a_head_sees_the_product_of_picture_and_prompt() -> None:
-    """Weights by hand: the sum of the products, times D, is D times the cosine."""
-    head = Head(3, HeadSettings(hidden=(), dropout=0.0))
+    """Weights by hand: the sum of the products, times D, is D times the cosine; CLIP's own comes with its gain."""
+    head = Head(3, HeadSettings(hidden=(), dropout=0.0, cosine=10.0))
+    pictures, prompts = torch.tensor([[0.6, 0.8, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    with torch.no_grad():
+        head.layers[0].bias.fill_(0.25)
+    assert head(pictures, prompts).item() == pytest.approx(10 * 0.6 + 0.25)  # before anything is learned
     with torch.no_grad():
         head.layers[0].weight.copy_(torch.tensor([[0.0] * 6 + [1.0] * 3]))
-        head.layers[0].bias.fill_(0.25)
-    pictures, prompts = torch.tensor([[0.6, 0.8, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])
-    assert head(pictures, prompts).item() == pytest.approx(3 * 0.6 + 0.25)
+        head.gain.fill_(0.5)
+    assert head(pictures, prompts).item() == pytest.approx(3 * 0.6 + 0.5 * 10 * 0.6 + 0.25)

@@ -144,7 +144,8 @@ def test_scores_are_those_of_the_heads_in_log_odds(reward: Path, clip: Path, pic
     members = []
     for member in "01":
         hidden = (inputs @ weights[f"{member}.layers.0.weight"].T + weights[f"{member}.layers.0.bias"]).clamp(min=0)
-        members.append(hidden @ weights[f"{member}.layers.3.weight"][0] + weights[f"{member}.layers.3.bias"])
+        cosines = said["head"]["cosine"] * weights[f"{member}.gain"] * (seen * read).sum(1)
+        members.append(cosines + hidden @ weights[f"{member}.layers.3.weight"][0] + weights[f"{member}.layers.3.bias"])
     expected = torch.stack(members) / said["temperature"]
     for batch_size in (2, 32):
         learned = Learned(str(reward), device="cpu", batch_size=batch_size)

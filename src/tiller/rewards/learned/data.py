@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tiller.pairs import Pair, open_pairs
 from tiller.prompts.contrast import by_lists
+from tiller.rewards.cache import picture_hash
 from tiller.rewards.learned.fit import Comparisons, Labels
 from tiller.rewards.scorers.clip import Clip
 from tiller.types import ConfigError, Prompt
@@ -48,7 +49,8 @@ def is_labels(data: Path) -> bool:
 
 def _comparisons(data: Path, clip: Clip, seed: int) -> Comparisons:
     pairs = open_pairs(data, 0).pairs
-    better, worse = (_seen(clip, [_side(pair, side) for pair in pairs]) for side in ("chosen", "rejected"))
+    sides = [_side(pair, side) for side in ("chosen", "rejected") for pair in pairs]
+    better, worse = _seen(clip, sides).split(len(pairs))
     texts = [pair.prompt for pair in pairs]
     swapped = np.random.default_rng((seed, 2)).random(len(pairs)) < 0.5  # so that the first is no better
     turn = torch.from_numpy(swapped)[:, None]
@@ -105,6 +107,21 @@ def _side(pair: Pair, side: str) -> Callable[[], Image.Image]:
 
 
 def _seen(clip: Clip, files: Sequence[Callable[[], Image.Image]]) -> Tensor:
-    """(N, D) embeddings, with a batch of pictures in memory at a time."""
-    starts = range(0, len(files), clip.batch_size)
-    return torch.cat([clip.pictures([one() for one in files[at : at + clip.batch_size]]).cpu() for at in starts])
+    """(N, D) embeddings, with a batch of pictures in memory at a time; one that comes several times is seen once."""
+    places: dict[str, int] = {}  # of a picture's hash among those embedded
+    rows: list[int] = []
+    waiting: list[Image.Image] = []
+    found: list[Tensor] = []
+    for file in files:
+        picture = file()
+        key = picture_hash(picture)
+        if key not in places:
+            places[key] = len(places)
+            waiting.append(picture)
+        rows.append(places[key])
+        if len(waiting) == clip.batch_size:
+            found.append(clip.pictures(waiting).cpu())
+            waiting = []
+    if waiting:
+        found.append(clip.pictures(waiting).cpu())
+    return torch.cat(found)[rows]

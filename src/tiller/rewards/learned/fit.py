@@ -51,10 +51,10 @@ class FitSettings:
     """How heads are fitted."""
 
     members: int = 4  # of the ensemble, each with weights and a bootstrap sample of its own
-    steps: int = 600
+    steps: int = 100
     batch: int = 128
     learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
+    weight_decay: float = 0.1
     classification: float = 0.5  # λ of Lee et al.; for labels
     temperature: float = 2.0  # T of Lee et al.
     seed: int = 0

@@ -13,10 +13,11 @@ from tiller.types import ConfigError
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """Lee et al. 2023 (2302.12192, section 3.2) have two hidden layers of 1024 for CLIP ViT-L/14's 768 numbers."""
+    """For some hundreds of answers. Lee et al. 2023 (2302.12192, section 3.2) have 27,000, and two layers of 1024."""
 
-    hidden: tuple[int, ...] = (256, 256)
-    dropout: float = 0.1
+    hidden: tuple[int, ...] = (64,)
+    dropout: float = 0.2
+    cosine: float = 10.0  # times CLIP's own cosine, where a head starts from; 0 leaves it out
     bounded: bool | None = None  # through a sigmoid; None: for labels, which lie in [0, 1]
 
     def __post_init__(self) -> None:
@@ -27,7 +28,8 @@ class HeadSettings:
 class Head(nn.Module):
     """Embeddings of pictures and prompts, (N, D) each and of length 1, to scores (N,).
 
-    The network sees both and their product, element by element, whose sum is CLIP's own cosine.
+    CLIP's own cosine, times a number that is fitted too, plus a network that sees both and their product, element by
+    element. The network's last layer starts at 0, so that before anything is learned a head says what CLIP says.
     """
 
     def __init__(self, width: int, settings: HeadSettings):
@@ -35,11 +37,16 @@ class Head(nn.Module):
         sizes, layers = [3 * width, *settings.hidden], []
         for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(settings.dropout)]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
-        self.bounded = bool(settings.bounded)
+        last = nn.Linear(sizes[-1], 1)
+        if settings.cosine:
+            nn.init.zeros_(last.weight)
+        self.layers = nn.Sequential(*layers, last)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.cosine, self.bounded = settings.cosine, bool(settings.bounded)
 
     def forward(self, pictures: Tensor, prompts: Tensor) -> Tensor:
         scale = pictures.shape[1] ** 0.5  # numbers of about 1
         seen = torch.cat([pictures * scale, prompts * scale, pictures * prompts * scale**2], dim=1)
-        score = self.layers(seen).squeeze(1)
+        cosines = (pictures * prompts).sum(1)
+        score = self.layers(seen).squeeze(1) + self.cosine * self.gain * cosines
         return score.sigmoid() if self.bounded else score
