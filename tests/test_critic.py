@@ -227,7 +227,7 @@ def test_a_run_with_a_critic_goes_on_bit_for_bit() -> None:
     for name, value in end.tensors().items():
         assert torch.equal(state.tensors()[name], value), name
     without = TrainState(policy, config(), DDPO())
-    with pytest.raises(RunError, match="first at (buffer|critic)"):
+    with pytest.raises(RunError, match=r"first at (buffer|critic)"):
         without.load(*checkpoint)
 
 
