@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from tiller.rewards.learned import Head, HeadSettings, losses, stand_in
 from tiller.rewards.learned.calibration import calibration, fit_temperature, logistic, wilson
-from tiller.rewards.learned.fit import Comparisons, FitSettings, Labels, fit, split
+from tiller.rewards.learned.fit import Comparisons, FitSettings, Labels, fit, parts, split
 from tiller.types import ConfigError
 
 QUICK = FitSettings(members=2, steps=150, batch=64)
@@ -249,6 +249,17 @@ def test_prompts_are_held_out_whole() -> None:
     assert [len(rows) for rows in few] == [14, 6]
     with pytest.raises(ConfigError, match="give more"):
         split(["one"], 0.3, seed=0)
+
+
+def test_parts_cover_every_row_once_and_keep_prompts_whole() -> None:
+    texts = [f"prompt {row % 7}" for row in range(35)]
+    found = parts(texts, 5, seed=0)
+    assert sorted(np.concatenate(found).tolist()) == list(range(35))
+    assert sorted(len(part) for part in found) == [5, 5, 5, 10, 10]
+    assert sum(len({texts[row] for row in part}) for part in found) == 7
+    assert [len(part) for part in parts(["one"] * 10, 5, seed=0)] == [2] * 5  # too few prompts: rows
+    with pytest.raises(ConfigError, match="4 held-out rows are too few to judge by"):
+        parts(["one"] * 4, 5, seed=0)
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

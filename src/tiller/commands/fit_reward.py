@@ -14,13 +14,14 @@ from torch import Tensor
 from tiller import config
 from tiller.rewards.learned.calibration import Calibration, calibration, fit_temperature, logistic
 from tiller.rewards.learned.data import read
-from tiller.rewards.learned.fit import Comparisons, FitSettings, Labels, fit, split
+from tiller.rewards.learned.fit import Comparisons, FitSettings, Labels, fit, parts, split
 from tiller.rewards.learned.head import Head, HeadSettings
 from tiller.rewards.learned.reward import About, clip_digest, write
 from tiller.rewards.scorers.clip import Clip
 from tiller.types import ConfigError
 
 FEWEST = 20  # rows
+FOLDS = 5  # of what is held out, for the temperature
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,17 @@ def run(data: Path, output: Path, overrides: Sequence[str]) -> int:
 def judged(rows: Comparisons | Labels, heads: Sequence[Head], seed: int) -> tuple[float, Calibration]:
     """The temperature by all of these rows, and what the probabilities are worth.
 
-    So that no answer is judged by a temperature that it took part in, the rows are parted in two (by prompts, where
-    there are enough), and each half gets its probabilities by the temperature of the other.
+    So that no answer is judged by a temperature that it took part in, the rows are parted in five (by prompts, where
+    there are enough), and each part gets its probabilities by the temperature of the others.
 
     Raises:
         ConfigError: there are too few.
     """
     scores, answers = _answers(rows, heads)
     probabilities = np.empty(len(scores))
-    halves = split(rows.texts, 0.5, seed)
-    for half, other in (halves, halves[::-1]):
-        probabilities[half] = logistic(scores[half] / fit_temperature(scores[other], answers[other]))
+    for part in parts(rows.texts, FOLDS, seed):
+        others = np.setdiff1d(np.arange(len(scores)), part)
+        probabilities[part] = logistic(scores[part] / fit_temperature(scores[others], answers[others]))
     share = float(answers.mean())
     chance = max(share, 1 - share) if isinstance(rows, Labels) else 0.5  # the order of a comparison is a coin's
     return fit_temperature(scores, answers), calibration(probabilities.tolist(), [int(one) for one in answers], chance)

@@ -129,3 +129,18 @@ def split(texts: Sequence[str], share: float, seed: int) -> tuple[np.ndarray, np
     if held.all() or not held.any():
         raise ConfigError(f"{len(texts)} rows cannot be divided into some to fit on and some held out; give more.")
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def parts(texts: Sequence[str], count: int, seed: int) -> list[np.ndarray]:
+    """Rows in `count` parts of about equal size: whole prompts where there are as many, else rows.
+
+    Raises:
+        ConfigError: there are fewer rows than parts.
+    """
+    if len(texts) < count:
+        raise ConfigError(f"{len(texts)} held-out rows are too few to judge by; collect more, or raise held_out.")
+    random = np.random.default_rng((seed, 3))
+    keys: Sequence[object] = texts if len(set(texts)) >= count else range(len(texts))
+    names = list(dict.fromkeys(keys))
+    place = {names[at]: number % count for number, at in enumerate(random.permutation(len(names)))}
+    return [np.flatnonzero([place[key] == number for key in keys]) for number in range(count)]
