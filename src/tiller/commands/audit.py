@@ -82,7 +82,8 @@ def _tell(shifts: Sequence[Shift]) -> None:
             "shifted" if shift.flagged else "no shift beyond chance" if shift.distance <= shift.by_chance else "small"
         )
         sure = f"distance {shift.distance:.2f}, by chance up to {shift.by_chance:.2f}, {shift.count} pairs"
-        table = Table(title=f"{shift.attribute}: {verdict} ({sure})", title_justify="left", title_style="bold")
+        console.print(f"[bold]{shift.attribute}: {verdict}[/bold] ({sure})", soft_wrap=True)
+        table = Table()
         for heading in ("option", "before", "after", "difference (95 % interval)"):
             table.add_column(heading, justify="left" if heading == "option" else "right", no_wrap=True)
         for one in sorted(shift.shares, key=lambda share: -abs(share.after - share.before))[:8]:
