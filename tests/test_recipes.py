@@ -7,7 +7,7 @@ import pytest
 from tiller import config, recipe
 from tiller.commands import building
 from tiller.comparison import Comparison, variants
-from tiller.pretrain import PretrainConfig
+from tiller.pretrain import kinds
 from tiller.prompts import load
 
 FILES = sorted((Path(recipe.__file__).parent / "recipes").glob("*.yaml"))
@@ -38,4 +38,4 @@ def test_a_comparison(file: Path) -> None:
     "file", [file for file in FILES if file.stem.startswith("pretrain")], ids=lambda file: file.stem
 )
 def test_a_pretraining(file: Path) -> None:
-    assert config.load(PretrainConfig, file).output
+    assert kinds.load(file).output
