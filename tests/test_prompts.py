@@ -105,7 +105,8 @@ def test_nothing_held_out_is_trained_on(name: str) -> None:
         if seen is not None:
             assert not {prompt.metadata["noun"] for prompt in prompts} & seen
         else:
-            assert split == "unseen_activities"
+            assert split in ("unseen_activities", "both_unseen")
+            assert split != "both_unseen" or not {prompt.metadata["noun"] for prompt in prompts} & nouns
             assert not {prompt.metadata["activity"] for prompt in prompts} & activities
 
 
@@ -116,6 +117,7 @@ def test_which_splits_a_set_has() -> None:
         "unseen_animals",
         "unseen_objects",
         "unseen_activities",
+        "both_unseen",
     ]
     assert list(held_out("animals_all")) == ["trained", "unseen_objects"]
     assert {prompt.metadata["noun"] for prompt in held_out("animals")["unseen_objects"]} == set(OBJECTS)

@@ -70,9 +70,9 @@ def training(name: str) -> list[Prompt]:
 def held_out(name: str) -> dict[str, list[Prompt]]:
     """What a set is evaluated on, by how far it is from training.
 
-    `trained` is a sample of the training prompts; `unseen_animals`, `unseen_objects` and
-    `unseen_activities` were not trained on. An `_all` set has no unseen animals, and only sets with
-    activities have unseen ones.
+    `trained` is a sample of the training prompts; `unseen_animals`, `unseen_objects`, `unseen_activities`
+    and `both_unseen` (animals and activities) were not trained on. An `_all` set has no unseen animals,
+    and only sets with activities have unseen ones.
     """
     form, everything = _form(name)
     splits = {"trained": form(TRAINED_SAMPLE)}
@@ -81,6 +81,8 @@ def held_out(name: str) -> dict[str, list[Prompt]]:
     splits["unseen_objects"] = form(OBJECTS)
     if form is _active:
         splits["unseen_activities"] = _active(TRAINED_SAMPLE, UNSEEN_ACTIVITIES)
+        if not everything:
+            splits["both_unseen"] = _active(UNSEEN_ANIMALS, UNSEEN_ACTIVITIES)
     return splits
 
 
