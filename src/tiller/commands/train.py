@@ -71,12 +71,11 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
         if not state.epoch:
             seen = preflight(policy, prompts, reward, algorithm, sampling, recipe.train.seed, data)
         if reward is not None:
-            known = state.epoch > 0 or (folder / REWARDS).exists()
-            if known:
+            if state.epoch or (folder / REWARDS).exists():
                 reward = scales.restored(folder, reward)
             else:
-                asked = (prompts, reward, algorithm, sampling, recipe.train.seed, world)
-                reward = _calibrated(policy, *asked, seen, folder, terminal)
+                trial = (prompts, reward, algorithm, sampling, recipe.train.seed, world)
+                reward = _calibrated(policy, *trial, seen, folder, terminal)
             record.check_scales(reward)
             rewards[next(iter(rewards))] = reward
         rewards = building.without_people(rewards)
@@ -88,18 +87,13 @@ def run(recipe: Recipe, name: str, resume: bool = False) -> int:
             shown.pictures(state)
             watch = Watch(policy, recipe, splits, prompts, rewards, state, folder, terminal.say, world)
             pace = Pace(state.epoch, recipe.train.epochs)
-            reports = train(
-                policy,
-                prompts,
-                reward,
-                algorithm,
-                recipe.train,
-                sampling=sampling,
-                data=data,
-                state=state,
-                world=world,
-                max_missing=recipe.run.max_missing,
-            )
+            given: dict[str, Any] = {
+                "sampling": sampling,
+                "data": data,
+                "state": state,
+                "max_missing": recipe.run.max_missing,
+            }
+            reports = train(policy, prompts, reward, algorithm, recipe.train, world=world, **given)
             for report in interrupts.over(() if watch.ended else sick.watch(reports, folder, resolved, world)):
                 looking = time.monotonic()
                 report.metrics.update(watch.at(state))
