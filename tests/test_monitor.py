@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tiller.evaluation.drift import diversity, spread, thumbnails
 from tiller.evaluation.held_out import Evaluated
-from tiller.evaluation.in_run import few, pooled, spread
+from tiller.evaluation.in_run import Look, evenly, few, metrics, pooled
 from tiller.evaluation.monitor import Monitor, Seen, findings, in_words
 from tiller.evaluation.paired import Comparison
 from tiller.evaluation.statistics import mean_statistics, statistics
@@ -160,9 +161,9 @@ def test_rules_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_a_few_prompts_are_spread_evenly_and_the_trained_ones_are_among_the_splits() -> None:
     prompts = [Prompt(str(number)) for number in range(10)]
-    assert [prompt.text for prompt in spread(prompts, 8)] == ["0", "2", "5", "7"]
-    assert len(spread(prompts, 100)) == 10
-    assert len(spread(prompts, 1)) == 1
+    assert [prompt.text for prompt in evenly(prompts, 8)] == ["0", "2", "5", "7"]
+    assert len(evenly(prompts, 100)) == 10
+    assert len(evenly(prompts, 1)) == 1
     assert list(few({"unseen": prompts}, prompts[:2], 4)) == ["trained", "unseen"]
     assert list(few({"trained": prompts}, prompts[:2], 4)["trained"]) == [prompts[0], prompts[5]]
 
@@ -177,3 +178,18 @@ def test_held_out_splits_are_pooled_and_missing_scores_left_out() -> None:
     assert (found.count, found.base, found.tuned) == (3, pytest.approx(1 / 3), pytest.approx(2.5 / 3))
     assert pooled({"trained": base["trained"]}, {"trained": now["trained"]})["gold"].difference == -9.0
     assert pooled(model(a=[math.nan, math.nan]), model(a=[1.0, 1.0])) == {}
+
+
+def test_distances_of_thumbnails_are_root_mean_square_differences_and_come_back_from_the_file() -> None:
+    """Black, white and grey of 51: differences of 1, .2 and .8 in every number."""
+    shades = [picture(np.full((32, 32, 3), value)) for value in (0, 255, 51, 0)]
+    vectors = thumbnails(shades)
+    assert spread(vectors, 2) == pytest.approx((1 + 0.2) / 2, rel=1e-6)
+    assert diversity(shades, 4) == pytest.approx((1 + 0.2 + 0 + 0.8 + 1 + 0.2) / 6, rel=1e-6)
+    look = Look({}, {}, 0.6, vectors)
+    again = Look.from_data(json.loads(json.dumps(look.to_data(), allow_nan=False)))
+    np.testing.assert_array_equal(again.vectors, vectors)
+    assert again.diversity == 0.6
+    assert metrics(seen(distance=0.25), look)["drift/distance"] == 0.25
+    nothing = Look.from_data(Look({}, {}, math.nan, np.zeros((0, 0), np.float32)).to_data())
+    assert math.isnan(nothing.diversity)

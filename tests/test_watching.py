@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
+import tiny_scorers
 from tiller.cli import main
 from tiller.commands.watching import Watch
 
@@ -57,7 +58,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_is_looked_at_on_fixed_noise_and_the_numbers_are_in_the_log(run: Any) -> None:
     folder = run("run", "evaluation.every=2")
     assert [line["epoch"] for line in history(folder)] == [2, 4]
-    base = json.loads((folder / "evaluation" / "in-run-base.json").read_text())["scores"]["trained"]
+    (file,) = (folder / "evaluation").glob("in-run-base-*.json")
+    base = json.loads(file.read_text())["scores"]["trained"]
     assert base["prompts"] == ["a cat", "a cat", "a dog", "a dog"]
     mean = sum(base["scores"]["jpeg_compressibility"]) / 4
     for line in history(folder):
@@ -67,6 +69,18 @@ def test_a_run_is_looked_at_on_fixed_noise_and_the_numbers_are_in_the_log(run: A
         assert line["kl"] > 0
     assert "drift/edges" not in metrics(folder)[0]
     assert metrics(folder)[1]["drift/edges"] == history(folder)[0]["statistics"]["edges"][1]
+
+
+def test_distances_may_be_those_of_a_networks_features(run: Any, tmp_path: Path) -> None:
+    """Vectors of length 1 are at most 2 apart; the same run counts on when what is looked at changes."""
+    tiny_scorers.clip(tmp_path / "clip")
+    folder = run("run", "train.epochs=1")
+    again = run("run", "train.epochs=2", f"evaluation.features={tmp_path}/clip")
+    assert again == folder
+    first, second = history(folder)
+    assert 0 < second["distance"] <= 2
+    assert first["distance"] != second["distance"]
+    assert len(list((folder / "evaluation").glob("in-run-base-*.json"))) == 2
 
 
 def test_a_run_that_loses_too_much_goes_back_to_its_best(

@@ -82,6 +82,7 @@ class Evaluation:
 
     every: int = 10  # epochs between evaluations during the run; 0 evaluates at the start and the end only
     pictures: int = 16  # of every split that are looked at during the run
+    features: str | None = None  # a CLIP or another image encoder for distances between pictures; None: 16x16 pixels
     samples_per_prompt: int = 4  # at the start and the end
     rewards: RewardSetting = ()  # scores to report beside the trained one
     sampling: dict[str, Any] = field(default_factory=dict)  # call arguments that differ from training's

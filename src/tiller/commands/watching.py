@@ -1,25 +1,29 @@
 """Evaluations while a run goes on, and what its rules against over-optimisation make of them.
 
-evaluation/in-run-base.json         the model before training
-evaluation/history.jsonl            one line per evaluation; all that the monitor knows is read from it
-evaluation/monitor.json             the rules, what was found, what was done, the best epoch
-evaluation/best-000030.safetensors  the trained weights of the best evaluation that lost nothing
+evaluation/in-run-base-0123abcd.json  the model before training, by what is looked at
+evaluation/history.jsonl              one line per evaluation; all that the monitor knows is read from it
+evaluation/monitor.json               the rules, what was found, what was done, the best epoch
+evaluation/best-000030.safetensors    the trained weights of the best evaluation that lost nothing
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file, save
 
 from tiller import reward_spec
 from tiller.commands import building
 from tiller.distributed import World
 from tiller.evaluation import in_run
+from tiller.evaluation.drift import thumbnails
 from tiller.evaluation.in_run import InRun
 from tiller.evaluation.monitor import Monitor, Seen, Verdict, findings, in_words
 from tiller.policy import Policy
@@ -50,6 +54,8 @@ class Watch:
         settings = recipe.evaluation
         self.every = settings.every if settings.every <= recipe.train.epochs else 0  # else it would never be time
         self.folder, self.tell, self.world = folder / "evaluation", tell, world
+        looked_at = [settings.pictures, settings.features, settings.sampling, recipe.held_out, list(rewards)]
+        self.key = hashlib.sha256(json.dumps(looked_at, default=str).encode()).hexdigest()[:8]
         self.monitor = Monitor(settings.monitor)
         self.kept: list[tuple[Seen, Verdict]] = []
         self.rates = [group["lr"] for group in state.optimizer.param_groups]
@@ -66,6 +72,7 @@ class Watch:
             paths | settings.sampling,
             paths,
             world,
+            thumbnails if settings.features is None else partial(_features, settings.features, recipe.model.device),
         )
         if state.epoch and recipe.model.lora_rank is None and not self._base_file.exists():
             raise RunError("evaluation.every cannot be set in the middle of a full fine-tuning; leave it at 0.")
@@ -156,10 +163,17 @@ class Watch:
 
     @property
     def _base_file(self) -> Path:
-        return self.folder / "in-run-base.json"
+        return self.folder / f"in-run-base-{self.key}.json"
 
     def _best_file(self, epoch: int) -> Path:
         return self.folder / f"best-{epoch:06d}.safetensors"
+
+
+def _features(model: str, device: str, pictures: Sequence[Any]) -> np.ndarray:
+    """(N, D) of a network that is loaded for the purpose."""
+    from tiller.evaluation.features import Features
+
+    return Features(model, device=device)(pictures).numpy()
 
 
 def _parsed(line: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tiller.distributed import World
-from tiller.evaluation.drift import diversity, kl_to_base
+from tiller.evaluation.drift import kl_to_base, spread, thumbnails
 from tiller.evaluation.held_out import Evaluated, draw_pictures, scored
 from tiller.evaluation.monitor import Seen
 from tiller.evaluation.paired import Comparison, compare
@@ -31,20 +32,30 @@ class Look:
     scores: Mapping[str, Evaluated]  # by split; a sum's parts beside it, as REWARD[PART]
     statistics: Mapping[str, float]  # of all splits together
     diversity: float
+    vectors: np.ndarray  # (N, D) float32 of all still pictures, whose distances count
 
     def to_data(self) -> dict[str, Any]:
         """As plain data, for a JSON file."""
         scores = {split: found.to_data() for split, found in self.scores.items()}
-        return {"scores": scores, "statistics": dict(self.statistics), "diversity": self.diversity}
+        data = base64.b64encode(self.vectors.astype("<f4").tobytes()).decode()
+        vectors = {"shape": list(self.vectors.shape), "float32": data}
+        return {
+            "scores": scores,
+            "statistics": dict(self.statistics),
+            "diversity": self.diversity if np.isfinite(self.diversity) else None,
+            "vectors": vectors,
+        }
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Look:
         """Back from `to_data`."""
         scores = {split: Evaluated.from_data(found) for split, found in data["scores"].items()}
-        return cls(scores, data["statistics"], data["diversity"])
+        vectors = np.frombuffer(base64.b64decode(data["vectors"]["float32"]), "<f4").reshape(data["vectors"]["shape"])
+        differ = float("nan") if data["diversity"] is None else data["diversity"]
+        return cls(scores, data["statistics"], differ, vectors)
 
 
-def spread(prompts: Sequence[Prompt], pictures: int) -> list[Prompt]:
+def evenly(prompts: Sequence[Prompt], pictures: int) -> list[Prompt]:
     """As many prompts, evenly spread, as make about that many pictures; at least one, at most all."""
     count = min(len(prompts), max(1, pictures // PER_PROMPT))
     return [prompts[index * len(prompts) // count] for index in range(count)]
@@ -63,19 +74,22 @@ class InRun:
     sampling: Mapping[str, Any]  # evaluation's call arguments
     paths: Mapping[str, Any]  # training's, for the distance between paths
     world: World
+    describe: Callable[[Sequence[Any]], np.ndarray] = thumbnails  # pictures to (N, D) vectors
 
     def look(self) -> Look:
         """Draw and score, with the weights as they are."""
-        scores, drawn, differ = {}, [], []
+        scores, drawn, differ, vectors = {}, [], [], []
         for split, prompts in self.splits.items():
             pictures = draw_pictures(
                 self.policy, prompts, PER_PROMPT, self.seed, self.batch_size, self.sampling, self.world
             )
             scores[split] = scored(pictures, prompts, PER_PROMPT, self.rewards, self.world)
             if mean_statistics(pictures[:1]):
-                differ.append(diversity(pictures, PER_PROMPT))
+                vectors.append(self.describe(pictures))
+                differ.append(spread(vectors[-1], PER_PROMPT))
                 drawn += pictures
-        return Look(scores, mean_statistics(drawn), float(np.mean(differ)) if differ else float("nan"))
+        whole = np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32)
+        return Look(scores, mean_statistics(drawn), float(np.mean(differ)) if differ else float("nan"), whole)
 
     def base(self, file: Path) -> Look:
         """The same of the model before training: looked at once, and kept in `file`."""
@@ -98,6 +112,7 @@ class InRun:
             trained=self.trained,
             statistics={name: (base.statistics[name], now.statistics[name]) for name in names},
             diversity=differ if np.isfinite(differ).all() else None,
+            distance=float(np.linalg.norm(base.vectors - now.vectors, axis=1).mean()) if len(now.vectors) else None,
             kl=self._moved(),
         )
 
@@ -138,6 +153,8 @@ def metrics(seen: Seen, now: Look) -> dict[str, float]:
     found |= {f"drift/{name}": values[1] for name, values in seen.statistics.items()}
     if seen.diversity is not None:
         found["drift/diversity"] = seen.diversity[1]
+    if seen.distance is not None:
+        found["drift/distance"] = seen.distance
     if seen.kl is not None:
         found["drift/kl_to_base"] = seen.kl
     return found
@@ -146,4 +163,4 @@ def metrics(seen: Seen, now: Look) -> dict[str, float]:
 def few(splits: Mapping[str, Sequence[Prompt]], trained: Sequence[Prompt], pictures: int) -> dict[str, list[Prompt]]:
     """The prompts to look at during a run: some of every split, and some of those that are trained on."""
     whole = {TRAINED: trained, **splits} if TRAINED not in splits else splits
-    return {split: spread(prompts, pictures) for split, prompts in whole.items()}
+    return {split: evenly(prompts, pictures) for split, prompts in whole.items()}

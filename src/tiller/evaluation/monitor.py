@@ -24,7 +24,8 @@ class Seen:
     compared: Mapping[str, Comparison]  # reward -> over all held-out pictures, or over the trained where there are none
     trained: str | None  # which of these is optimised
     statistics: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # name -> (base, now)
-    diversity: tuple[float, float] | None = None  # (base, now)
+    diversity: tuple[float, float] | None = None  # (base, now) mean distance of two pictures of one prompt
+    distance: float | None = None  # mean distance of a picture from the base model's of the same noise
     kl: float | None = None  # nats per picture; None where there is no base left to ask
 
     def to_data(self) -> dict[str, Any]:
@@ -37,7 +38,7 @@ class Seen:
         compared = {name: Comparison(**one) for name, one in data["compared"].items()}
         statistics = {name: (before, now) for name, (before, now) in data["statistics"].items()}
         differ = None if data["diversity"] is None else (data["diversity"][0], data["diversity"][1])
-        return cls(data["epoch"], compared, data["trained"], statistics, differ, data["kl"])
+        return cls(data["epoch"], compared, data["trained"], statistics, differ, data.get("distance"), data["kl"])
 
 
 @dataclass(frozen=True)
