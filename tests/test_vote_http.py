@@ -299,9 +299,16 @@ def test_a_picture_that_changed_or_breaks_is_an_error_and_not_another_picture(tm
 # ---- the command ----
 
 
+def heeds_interrupts() -> None:
+    """As in a terminal: what a shell starts in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(folder: Path, *words: str) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "tiller", "vote", str(folder), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heeds_interrupts
+    )
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     return process, next(line.strip() for line in lines if "http://" in line)
