@@ -108,7 +108,9 @@ def test_a_live_page_keeps_its_place_while_it_changes(browser, run: Path, monkey
                     "return document.querySelector('.answers').textContent.includes('5 of 4')"
                 )
             )
-            assert browser.execute_script("return scrollY") == place
+            assert (
+                abs(browser.execute_script("return scrollY") - place) < 10
+            )  # pixels, where lines changed their height
             assert browser.find_element(By.ID, "stage").get_property("value") == "0"
             assert browser.execute_script("return [...document.querySelectorAll('details')].every(one => one.open)")
         finally:
