@@ -21,7 +21,7 @@ from tiller.cli import main
 from tiller.dry_run import memory, network, pace, solve, work
 from tiller.dry_run.facts import TABLE
 from tiller.dry_run.headers import Files, Part, folder_of, read
-from tiller.dry_run.machine import Machine
+from tiller.dry_run.machine import Machine, threads
 from tiller.recipe import ALGORITHMS, Model, Recipe
 from tiller.settings import TrainConfig
 from tiller.state import TrainState
@@ -150,9 +150,7 @@ def test_a_calibration_is_kept_and_used(model, tmp_path, monkeypatch, capsys):
     (entry,) = json.loads((tmp_path / "tiller" / "speed.json").read_text()).values()
     assert min(next(iter(entry.values())).values()) > 0
     other = recipe_of(model, model={"name": "emoji", "lora_rank": 4, "device": "cpu"})
-    machine = Machine(
-        next(iter(json.loads(pace.store().read_text()))).rpartition(", ")[0], "cpu", 1e9, torch.get_num_threads(), 1
-    )
+    machine = Machine(next(iter(json.loads(pace.store().read_text()))).rpartition(", ")[0], "cpu", 1e9, threads(), 1)
     assert "on another model" in pace.speed_of(machine, other).source
 
 
