@@ -11,15 +11,11 @@ from tiller.report.words import split_words
 GRADIENT = ("draft", "draft_lv", "align_prop", "refl", "adjoint_matching")  # to whom a group means nothing
 
 
-def _found(rule: str, level: Level, sentence: str, cure: str) -> Finding:
-    return Finding(rule, level, sentence, cure)
-
-
 def broken_off(record: Record, limits: Limits) -> Finding | None:
     """The folder holds what a run leaves that could not go on."""
     if not record.broken_off or record.finished:
         return None
-    return _found(
+    return Finding(
         "broken_off",
         "problem",
         f"The run ended after {record.epochs} epochs because {record.broken_off}.",
@@ -36,7 +32,7 @@ def first_ratio(record: Record, limits: Limits) -> Finding | None:
     largest = np.nanmax(np.append(record.column("policy/log_ratio_max"), -1))
     if largest <= limits.first_log_ratio:
         return None
-    return _found(
+    return Finding(
         "first_ratio",
         "problem",
         f"The log-ratio reached {largest:.2g} where policy and old policy are the same weights and it must be 0.",
@@ -50,7 +46,7 @@ def gradient_zero(record: Record, limits: Limits) -> Finding | None:
     norms = late(record.column("optim/grad_norm"))
     if not len(norms) or norms.max() > 1e-12:
         return None
-    return _found(
+    return Finding(
         "gradient_zero",
         "problem",
         f"The gradient is zero in all of the last {len(norms)} epochs, so no weight moves.",
@@ -66,7 +62,7 @@ def missing_scores(record: Record, limits: Limits) -> Finding | None:
     if not asked > 0 or total / asked <= limits.missing:
         return None
     level: Level = "problem" if total / asked > 0.5 else "warning"
-    return _found(
+    return Finding(
         "missing_scores",
         level,
         f"{total / asked:.0%} of the scores are missing ({total:.0f} of {asked:.0f} pictures), and teach nothing.",
@@ -82,7 +78,7 @@ def skipped_updates(record: Record, limits: Limits) -> Finding | None:
     skipped, made = (float(record.column(name)[-1]) for name in ("optim/skipped", "optim/updates"))
     if not skipped > 0 or skipped / (skipped + made) <= limits.skipped:
         return None
-    return _found(
+    return Finding(
         "skipped_updates",
         "warning",
         f"{skipped:.0f} of {skipped + made:.0f} updates were left out because their gradient was not finite.",
@@ -100,7 +96,7 @@ def gradient_explodes(record: Record, limits: Limits) -> Finding | None:
     times = np.median(last) / np.median(first)
     if times < limits.growth or np.median(last) < bound:
         return None
-    return _found(
+    return Finding(
         "gradient_explodes",
         "warning",
         f"The gradient's norm grew {times:.0f}-fold, to {np.median(last):.3g}; updates are cut to {bound:g}.",
@@ -116,7 +112,7 @@ def no_spread(record: Record, limits: Limits) -> Finding | None:
     if not len(counts) or not record.groups > 0 or counts.mean() / record.groups <= limits.no_spread:
         return None
     share = counts.mean() / record.groups
-    return _found(
+    return Finding(
         "no_spread",
         "problem" if share > 0.95 else "warning",
         f"{share:.0%} of the groups have no spread: all pictures of a prompt get the same score, and teach nothing.",
@@ -132,7 +128,7 @@ def clipped(record: Record, limits: Limits) -> Finding | None:
     others = (rounds - 1) / rounds if rounds > 1 else 1.0  # an epoch's first update is never outside
     if not len(fraction) or fraction.mean() / others <= limits.clip_fraction:
         return None
-    return _found(
+    return Finding(
         "clipped",
         "warning",
         f"The clip fraction is {fraction.mean():.2f}, where {others:.2f} is the most there can be: nearly every sample "
@@ -153,7 +149,7 @@ def kl_dominates(record: Record, limits: Limits) -> Finding | None:
     size = max(moved.mean(), np.abs(rest).mean() if len(rest) else 0.0)
     if penalty.mean() / size <= limits.kl_ratio:
         return None
-    return _found(
+    return Finding(
         "kl_dominates",
         "warning",
         f"The KL term is {penalty.mean() / size:.0f} times the policy term ({penalty.mean():.2g} to {size:.2g}): the "
@@ -171,7 +167,7 @@ def reward_trend(record: Record, limits: Limits) -> Finding | None:
         return None
     first, last = early(means).mean(), late(means).mean()
     if t <= limits.falling_t:
-        return _found(
+        return Finding(
             "reward_falls",
             "problem",
             f"The reward falls, from {first:.4g} in the first third of the epochs to {last:.4g} in the last.",
@@ -179,7 +175,7 @@ def reward_trend(record: Record, limits: Limits) -> Finding | None:
         )
     if abs(t) >= limits.flat_t:
         return None
-    return _found(
+    return Finding(
         "reward_flat",
         "warning",
         f"The reward is flat: {first:.4g} in the first third of {len(means)} epochs, {last:.4g} in the last, within "
@@ -196,7 +192,7 @@ def saturated(record: Record, limits: Limits) -> Finding | None:
         return None
     if last.mean() / first.mean() >= limits.saturated:
         return None
-    return _found(
+    return Finding(
         "saturated",
         "warning",
         f"The scores' spread is down to {last.mean() / first.mean():.1%} of what it was: there is nothing left to tell "
@@ -215,7 +211,7 @@ def held_out_falls(record: Record, limits: Limits) -> Finding | None:
     if not lost:
         return None
     worst = min(lost, key=lambda gain: gain.difference / max(abs(gain.base), 1e-12))
-    return _found(
+    return Finding(
         "held_out_falls",
         "warning",
         f"The trained reward rose while {worst.reward} fell by {-worst.difference:.3g} on {split_words(worst.split)} "
@@ -233,7 +229,7 @@ def _falls_meanwhile(record: Record, limits: Limits) -> Finding | None:
         known = seen[np.isfinite(seen)]
         _, split, reward = [*name.split("/", 2), "", ""][:3]
         if reward != record.reward and len(known) >= 5 and trend(seen) <= limits.falling_t:
-            return _found(
+            return Finding(
                 "held_out_falls",
                 "warning",
                 f"The trained reward rises while {reward} falls on {split_words(split)}, from {known[0]:.3g} to "
@@ -253,7 +249,7 @@ def not_general(record: Record, limits: Limits) -> Finding | None:
     best = max(unseen, key=lambda gain: gain.difference)
     if any(gain.high > seen[0].difference for gain in unseen):
         return None  # they may well have gained as much
-    return _found(
+    return Finding(
         "not_general",
         "warning",
         f"The trained prompts gained {seen[0].difference:+.3g}, but no other prompts did: {split_words(best.split)}, "
@@ -267,7 +263,7 @@ def diversity_lost(record: Record, limits: Limits) -> Finding | None:
     base, tuned = (record.drift.get(f"diversity_{name}", float("nan")) for name in ("base", "tuned"))
     if not base > 0 or not tuned / base < limits.diversity:
         return None
-    return _found(
+    return Finding(
         "diversity_lost",
         "warning",
         f"Pictures of one prompt differ by {tuned:.3f} where they differed by {base:.3f}: {tuned / base:.0%} of the "
@@ -281,7 +277,7 @@ def value_network(record: Record, limits: Limits) -> Finding | None:
     explained = late(record.column("value/explained"))
     if len(record.metrics) < 5 or not len(explained) or np.median(explained) >= limits.explained:
         return None
-    return _found(
+    return Finding(
         "value_network",
         "warning",
         f"The value network explains {np.median(explained):.3g} of the rewards' variance: it is worse than their mean.",
@@ -295,7 +291,7 @@ def adjoint_dropped(record: Record, limits: Limits) -> Finding | None:
     dropped = late(record.column("policy/dropped"))
     if not len(dropped) or dropped.mean() <= limits.dropped:
         return None
-    return _found(
+    return Finding(
         "adjoint_dropped",
         "warning",
         f"{dropped.mean():.0%} of the paths are left out, because their target is larger than algorithm.target_limit.",
@@ -308,7 +304,7 @@ def above_target(record: Record, limits: Limits) -> Finding | None:
     below = late(record.column("policy/below_target"))
     if not len(below) or below.mean() >= limits.below_target:
         return None
-    return _found(
+    return Finding(
         "above_target",
         "warning",
         f"Only {below.mean():.0%} of the pictures score below ReFL's target; the others teach nothing.",
@@ -325,7 +321,7 @@ def reward_waits(record: Record, limits: Limits) -> Finding | None:
     if share <= limits.waiting:
         return None
     drawing = np.nansum(record.timing("time/sample")) / len(seconds)
-    return _found(
+    return Finding(
         "reward_waits",
         "note",
         f"{share:.0%} of the time goes into waiting for scores ({np.nanmean(waiting):.1f} s an epoch; drawing takes "
@@ -344,7 +340,7 @@ def memory_creeps(record: Record, limits: Limits) -> Finding | None:
     first, last = held[tenth : 2 * tenth].mean(), held[-tenth:].mean()
     if last - first <= limits.memory_gb or last / first - 1 <= limits.memory_growth or trend(held) < 3:
         return None
-    return _found(
+    return Finding(
         "memory_creeps",
         "warning",
         f"The process holds {last:.1f} GB, {last - first:.1f} GB more than after its first epochs, and it goes on.",
