@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tiller.commands import quiet
 from tiller.types import ConfigError, RewardTimeout, TillerError
@@ -253,6 +253,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error that has a cure, too")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    _makes(commands)
+    _measures(commands)
+    _judges(commands)
+    _hands_on(commands)
+    return parser
+
+
+def _makes(commands: Any) -> None:
+    """Commands that train and draw."""
     train = commands.add_parser("train", help="train a model as a recipe says")
     train.add_argument("recipe", metavar="RECIPE.yaml")
     train.add_argument("--dry-run", action="store_true", help="say what it will take, and load nothing")
@@ -276,6 +285,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--output", default="samples", metavar="DIR")
     _takes_overrides(sample, _sample, "the pipeline's call arguments, such as guidance_scale=3")
 
+    pretrain = commands.add_parser("pretrain", help="train a small model from scratch: text-to-image, CLIP or LLaVA")
+    pretrain.add_argument("--config", metavar="FILE.yaml", help="settings; without, those of the shipped model")
+    _takes_overrides(pretrain, _pretrain, "settings, such as output=my_model data=my_pictures")
+
+
+def _measures(commands: Any) -> None:
+    """Commands that say what a run or a model is worth."""
     evaluate = commands.add_parser("evaluate", help="compare base and tuned model of a run, on held-out prompts")
     evaluate.add_argument("run", metavar="RUN")
     _takes_overrides(evaluate, _evaluate, "evaluation settings, such as samples_per_prompt=8")
@@ -286,38 +302,10 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--output", default="benchmark.json", metavar="FILE.json")
     _takes_overrides(benchmark, _benchmark, "the protocol, such as rewards=[clip_score] samples_per_prompt=4")
 
-    label = commands.add_parser("label", help="let a reward say in people's place which pictures are better")
-    label.add_argument("pictures", metavar="PICTURES", help="a folder of tiller sample, or a run folder")
-    label.add_argument("--by", required=True, metavar="REWARD", help="a built-in one, or your own as for reward:")
-    label.add_argument("--output", default="pairs.jsonl", metavar="FILE.jsonl", help="where the answers go")
-    _takes_overrides(label, _label, "settings, such as temperature=0.5 pairs_per_prompt=4 write=labels threshold=-1")
-
-    fit_reward = commands.add_parser("fit-reward", help="learn a reward from preference pairs, votes or labels")
-    fit_reward.add_argument(
-        "data", metavar="DATA", help="pairs as `data:` takes them, a votes file, or labels (.jsonl)"
-    )
-    fit_reward.add_argument("--output", default="reward", metavar="DIR", help="where the reward goes")
-    _takes_overrides(fit_reward, _fit_reward, "settings, such as clip=emoji-clip fit.members=8")
-
     audit = commands.add_parser("audit", help="what training did to what prompts leave open: colours, sides, genders")
     audit.add_argument("run", metavar="RUN")
     audit.add_argument("--audit", metavar="FILE.yaml", help="prompts and who reads them; without, the embedded world's")
     _takes_overrides(audit, _audit, "settings, such as samples_per_prompt=32")
-
-    export = commands.add_parser("export", help="write a run's weights for diffusers, kohya's tools or ComfyUI")
-    export.add_argument("run", metavar="RUN")
-    export.add_argument("--format", choices=("diffusers", "kohya", "comfyui", "merged"), default="diffusers")
-    export.add_argument("--output", metavar="DIR_OR_FILE", help="by default RUN/export/FORMAT")
-    export.add_argument("--weights", default="model", metavar="WHICH", help="model, last, ema, best, or a kept epoch")
-    export.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    export.add_argument("--no-verify", dest="verify", action="store_false", help="do not read the export back")
-    export.add_argument("--push-to-hub", metavar="NAME", help="upload it, private, as this repository")
-    export.add_argument("--public", action="store_true", help="with --push-to-hub: for everybody to see")
-    export.set_defaults(command=_export)
-
-    pretrain = commands.add_parser("pretrain", help="train a small model from scratch: text-to-image, CLIP or LLaVA")
-    pretrain.add_argument("--config", metavar="FILE.yaml", help="settings; without, those of the shipped model")
-    _takes_overrides(pretrain, _pretrain, "settings, such as output=my_model data=my_pictures")
 
     compare = commands.add_parser(
         "compare", help="run variants of a recipe at an equal budget; or lay runs side by side"
@@ -338,6 +326,9 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("run", metavar="RUN")
     diagnose.set_defaults(command=_diagnose)
 
+
+def _judges(commands: Any) -> None:
+    """Commands about what is asked for, and who judges it."""
     vote = commands.add_parser("vote", help="let people say which of two pictures is better, on a page of this machine")
     vote.add_argument("source", metavar="RUN", help="a run folder, a folder of tiller sample, or a .jsonl of pairs")
     vote.add_argument(
@@ -352,6 +343,19 @@ def _parser() -> argparse.ArgumentParser:
     vote.add_argument("--seed", type=int, default=0, help="of which picture is on the left, and of a file's order")
     vote.add_argument("--summary", action="store_true", help="say what the votes so far come to, and serve no page")
     vote.set_defaults(command=_vote)
+
+    label = commands.add_parser("label", help="let a reward say in people's place which pictures are better")
+    label.add_argument("pictures", metavar="PICTURES", help="a folder of tiller sample, or a run folder")
+    label.add_argument("--by", required=True, metavar="REWARD", help="a built-in one, or your own as for reward:")
+    label.add_argument("--output", default="pairs.jsonl", metavar="FILE.jsonl", help="where the answers go")
+    _takes_overrides(label, _label, "settings, such as temperature=0.5 pairs_per_prompt=4 write=labels threshold=-1")
+
+    fit_reward = commands.add_parser("fit-reward", help="learn a reward from preference pairs, votes or labels")
+    fit_reward.add_argument(
+        "data", metavar="DATA", help="pairs as `data:` takes them, a votes file, or labels (.jsonl)"
+    )
+    fit_reward.add_argument("--output", default="reward", metavar="DIR", help="where the reward goes")
+    _takes_overrides(fit_reward, _fit_reward, "settings, such as clip=emoji-clip fit.members=8")
 
     serve = commands.add_parser("serve", help="put a reward behind HTTP, for runs elsewhere")
     serve.add_argument("reward", metavar="REWARD", help="a built-in, package.module:name, or path/file.py:name")
@@ -371,8 +375,21 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument("file", metavar="FILE.jsonl", help="where they go")
     _takes_overrides(prompts, _prompts, "settings, such as topic='animals at work' count=200 model=FOLDER")
 
+
+def _hands_on(commands: Any) -> None:
+    """Commands about what leaves, and about this machine."""
+    export = commands.add_parser("export", help="write a run's weights for diffusers, kohya's tools or ComfyUI")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--format", choices=("diffusers", "kohya", "comfyui", "merged"), default="diffusers")
+    export.add_argument("--output", metavar="DIR_OR_FILE", help="by default RUN/export/FORMAT")
+    export.add_argument("--weights", default="model", metavar="WHICH", help="model, last, ema, best, or a kept epoch")
+    export.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    export.add_argument("--no-verify", dest="verify", action="store_false", help="do not read the export back")
+    export.add_argument("--push-to-hub", metavar="NAME", help="upload it, private, as this repository")
+    export.add_argument("--public", action="store_true", help="with --push-to-hub: for everybody to see")
+    export.set_defaults(command=_export)
+
     commands.add_parser("doctor", help="check this machine").set_defaults(command=_doctor)
-    return parser
 
 
 def _takes_overrides(parser: argparse.ArgumentParser, command: object, words: str) -> None:
