@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tiller.algorithms.base import Algorithm
+from tiller.buffer import Earlier
 from tiller.distributed import World
 from tiller.kernels import Kernel, Window
 from tiller.metrics import Clock
@@ -37,6 +38,10 @@ class Batch:
     history: Mapping[str, list[float]] = field(default_factory=dict)  # the state's, once the epoch is done
     weights: Mapping[str, Tensor] = field(default_factory=dict)  # that drew it, where it is to be kept for later epochs
     samples: Sequence[int] = ()  # (N,) the number of each sample among those of its prompt
+
+    def of_epoch(self, epoch: int) -> Earlier:
+        """As the replay buffer keeps it."""
+        return Earlier(epoch, self.weights, self.scores.values, self.advantages, self.chunks)
 
 
 def collect(

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from tiller.algorithms.base import Algorithm
-from tiller.buffer import Earlier
 from tiller.collect import Batch, collect, noise_window
 from tiller.critic import Paths, prompt_vectors
 from tiller.data import Data, check_data, open_data
@@ -111,8 +110,7 @@ def train(
         captioned = None if isinstance(source, Pairs) else source
         metrics |= update(policy, batch, algorithm, config, state, world, reward, captioned)
         clock.lap("time/update")
-        kept = Earlier(state.epoch, batch.weights, batch.scores.values, batch.advantages, batch.chunks)
-        state.end_epoch(batch.history, kept if algorithm.replay_epochs else None)
+        state.end_epoch(batch.history, batch.of_epoch(state.epoch) if algorithm.replay_epochs else None)
         yield _report(batch, metrics | _progress(state), clock.laps | counts(reward), state)
 
 

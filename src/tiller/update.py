@@ -92,8 +92,7 @@ def update(
     log = Log()
     walker = Walker(policy, algorithm, state, config.seed, reward)
     per_update = config.samples_per_epoch // config.updates_per_epoch // config.batch_size
-    newest = Earlier(state.epoch, {}, batch.scores.values, batch.advantages, batch.chunks)
-    epochs = [newest, *state.buffer.epochs]
+    epochs = [batch.of_epoch(state.epoch), *state.buffer.epochs]
     for inner in range(algorithm.inner_epochs):
         random = np.random.default_rng((config.seed, state.epoch, inner))
         for turn in random.permutation(config.updates_per_epoch):
